@@ -1,0 +1,283 @@
+"""The optimizer: argument checks, state, and the choice between a kernel and operations for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from . import checks, kernels, ops, rates
+from .accumulators import COMPUTE_DTYPE, Dense
+from .groups import Groups, Predicate
+from .leaves import Leaf, check_leaf, collect, optimizable, rebuild, slot
+from .modifiers import Modifiers
+from .rates import LearningRate
+from .rule import Rule
+from .scalars import StepScalars
+
+
+class Adagrad(Optimizer):
+    r"""The Adagrad optimizer [1], a drop-in for :class:`mlx.optimizers.Adagrad` that stays right in half precision.
+
+    At step :math:`t = 1, 2, \dots`, with :math:`g \leftarrow -g` first if ``maximize``:
+
+    .. math::
+
+        \lambda_t &= \lambda / (1 + (t - 1)\, \eta) \\
+        g_t &\leftarrow g_t + \delta w_t \quad \text{(coupled decay)} \quad \text{or} \quad
+        w_t \leftarrow w_t - \lambda_t \delta w_t \quad \text{(decoupled)} \\
+        v_{t+1} &= v_t + g_t^2 \\
+        w_{t+1} &= w_t - \lambda_t \frac{g_t}{\sqrt{v_{t+1}} + \epsilon} \quad \text{or} \quad
+        w_t - \lambda_t \frac{g_t}{\sqrt{v_{t+1} + \epsilon}}
+
+    The arithmetic and :math:`v` are fp32 for fp16 and bf16 parameters, fp64 for fp64 ones; complex64 parameters are two
+    independent reals. The new parameter has the old one's dtype. Where :math:`\epsilon` and :math:`v` are both 0 the
+    update is 0. Only parameters that have a gradient get state, at their first one.
+
+    [1]: Duchi, J., Hazan, E. and Singer, Y., 2011. Adaptive subgradient methods for online learning and stochastic
+    optimization. JMLR 2011.
+
+    Args:
+        learning_rate (float, array or callable): :math:`\lambda \ge 0`; a number, a one-element array, a schedule of
+            the step (as in ``mlx.optimizers``), or a callable without arguments, called at every step (inside
+            ``mx.compile`` it is called once, and its value is frozen into the trace).
+        eps (float): :math:`\epsilon > 0`; 0 is allowed with a positive ``initial_accumulator_value``. Default:
+            ``1e-8``.
+        lr_decay (float): :math:`\eta \ge 0`. Default: ``0.0``.
+        weight_decay (float): :math:`\delta \ge 0`. Default: ``0.0``.
+        decoupled_weight_decay (bool): Shrink the weights (Keras, AdamW), not through the gradient (torch). Default:
+            ``False``.
+        initial_accumulator_value (float): What :math:`v` starts from, :math:`\ge 0`. Default: ``0.0``.
+        maximize (bool): Ascend; weight decay still shrinks. Default: ``False``.
+        eps_inside_sqrt (bool): Divide by :math:`\sqrt{v + \epsilon}` (Keras 3, optax). Default: ``False``.
+        accumulator (Dense or RowWise, optional): How :math:`v` is stored. Default: :class:`~mlx_adagrad.Dense`.
+        fused (bool, optional): ``None``: the Metal kernel when the default device is the GPU, asked at each call, else
+            MLX operations; ``False``: always operations; ``True``: the kernel or a RuntimeError. Default: ``None``.
+        differentiable (bool): Let gradients flow through a *fused* update too, second order included; such a step
+            cannot be exported. Without the kernel an update always is differentiable. Default: ``False``.
+        groups (list of dict, optional): Parameters that differ: dicts of ``params`` (a glob on the dotted path, a
+            list of globs, or a predicate on (path, array)) and any of ``lr``, ``lr_decay``, ``eps``,
+            ``weight_decay``, ``maximize``. The first match wins; what matches none takes the values above. Default:
+            ``None``.
+        weight_decay_mask (callable, optional): ``(path, array) -> bool``, whether a parameter is decayed. Default:
+            ``None``.
+
+    Raises:
+        ValueError: For a negative, infinite or NaN hyperparameter, and for ``eps`` 0 where ``v`` starts from 0.
+        TypeError: For what is no number (a bool is none), no bool or no accumulator.
+
+    Differs from :class:`mlx.optimizers.Adagrad`: :math:`v` is fp32 for half-precision parameters and the result keeps
+    the parameter's dtype whatever the gradient's; state is made from the parameters, and only where there is a
+    gradient. From torch's: a gradient of 0 never gives NaN, and one step count serves all parameters.
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        eps: float = 1e-8,
+        *,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        initial_accumulator_value: float = 0.0,
+        maximize: bool = False,
+        eps_inside_sqrt: bool = False,
+        accumulator: Dense | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        groups: Iterable[dict[str, Any]] | None = None,
+        weight_decay_mask: Predicate | None = None,
+    ):
+        if checks.real("Adagrad", "eps", eps) <= 0 and (eps < 0 or not initial_accumulator_value):
+            wanted = "should be >0 unless initial_accumulator_value is"
+            raise ValueError(f"[Adagrad] 'eps' {wanted}, but got {float(eps)}.")
+        rule = Rule(
+            eps=eps,
+            eps_inside_sqrt=eps_inside_sqrt,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            maximize=maximize,
+        )
+        self._setup(learning_rate, Groups(rule, groups, weight_decay_mask), accumulator, fused, differentiable)
+
+    @classmethod
+    def from_rule(
+        cls,
+        learning_rate: LearningRate,
+        rule: Rule,
+        *,
+        accumulator: Dense | None = None,
+        groups: Iterable[dict[str, Any]] | None = None,
+        weight_decay_mask: Predicate | None = None,
+    ) -> Adagrad:
+        """An optimizer with exactly this rule, also one that the constructor would refuse (``eps`` and ``v`` both
+        0).
+        """
+        optimizer = cls.__new__(cls)
+        optimizer._setup(learning_rate, Groups(rule, groups, weight_decay_mask), accumulator, None, False)
+        return optimizer
+
+    def _setup(
+        self,
+        learning_rate: LearningRate,
+        groups: Groups,
+        accumulator: Dense | None,
+        fused: bool | None,
+        differentiable: bool,
+    ) -> None:
+        if accumulator is not None and not isinstance(accumulator, Dense):
+            raise TypeError(f"[Adagrad] 'accumulator' must be Dense() or RowWise() but got {accumulator!r}.")
+        if fused is not None:
+            checks.boolean("Adagrad", "fused", fused)
+        checks.boolean("Adagrad", "differentiable", differentiable)
+        rate = rates.parse("Adagrad", "learning_rate", learning_rate)
+        super().__init__()
+        self.rule = groups.default
+        self.groups = groups
+        self.accumulator = accumulator or Dense()
+        self.fused = fused
+        self.differentiable = differentiable
+        self._set_rate(rate)
+        groups.states(self.state)
+
+    @property
+    def eps(self) -> float:
+        """The term in the denominator, as :class:`mlx.optimizers.Adagrad` names it."""
+        return self.rule.eps
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The learning rate of the last step, 0-d fp32; settable to whatever the constructor takes."""
+        return self.state["learning_rate"]
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: LearningRate) -> None:
+        self._set_rate(rates.parse("Adagrad", "learning_rate", learning_rate))
+
+    def _set_rate(self, rate: mx.array | rates.Schedule) -> None:
+        if callable(rate):
+            self._schedulers["learning_rate"] = rate
+        self.state["learning_rate"] = rate(self.step) if callable(rate) else rate
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Append a parameter group, also for parameters not seen before; an entry of the constructor's ``groups``."""
+        self.groups.add(group)
+        self.groups.states(self.state)
+
+    def set_group(self, index: int, *, lr: LearningRate) -> None:
+        """Set the learning rate of group ``index`` of a group that was given one; to whatever the constructor takes."""
+        if not -len(self.groups.groups) <= index < len(self.groups.groups):
+            raise ValueError(f"[Adagrad] there is no group {index}: there are {len(self.groups.groups)}.")
+        self.groups.set_lr(index, rates.parse("Adagrad", "lr", lr))
+        entry = self.groups.states(self.state)[index]
+        rate = self.groups.groups[index].lr
+        entry["learning_rate"] = rate(self.step) if callable(rate) else rate
+
+    def init(self, parameters: dict) -> None:
+        """Make the state of every parameter in the tree now, so that it can be captured, saved or loaded into.
+
+        Integer and bool leaves are skipped, as are leaves that have state already.
+        """
+        for leaf in collect(optimizable(parameters), parameters, self.state, self._check):
+            self._state_of(leaf, parameters)
+        self._initialized = True
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        """Give one parameter its state: ``v``, and its own step count where the rule counts per parameter."""
+        state["v"] = self.accumulator.init(parameter, self.rule.initial_accumulator_value)
+        if self.rule.step_per_parameter:
+            state["step"] = mx.array(0, mx.uint64)
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters, a tree in the shape of ``gradients``.
+
+        Args:
+            gradients: A tree of gradients; a missing key, an empty ``{}`` and a None are absent gradients.
+            parameters: A tree of parameters, which may be a superset of the gradients (a whole model).
+
+        Raises:
+            ValueError: For a gradient without a parameter or of another shape, a parameter of integer or bool dtype
+                that has a gradient, and state of another shape. Nothing has changed then.
+            TypeError: For a gradient or parameter that is no array. Nothing has changed then.
+            RuntimeError: With ``fused=True`` where no kernel can run. Nothing has changed then.
+        """
+        return self.apply_modified(gradients, parameters, Modifiers())
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        """:meth:`apply_gradients` with what wrappers derived for this step: it enters the update as scalars."""
+        fused = self._use_kernel()
+        self.groups.check_matches(parameters)
+        leaves = collect(gradients, parameters, self.state, self._check)
+        if modifiers.apply is False:
+            return rebuild(gradients, parameters, (leaf.parameter for leaf in leaves))
+        states = [self._state_of(leaf, gradients) for leaf in leaves]
+        self._initialized = True
+        scalars = self._advance(modifiers)
+        dealer = ops.StreamDealer()
+        updated = (self._update(*pair, scalars, fused, dealer) for pair in zip(leaves, states, strict=True))
+        return rebuild(gradients, parameters, updated)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
+        before = mx.maximum(self.step, 1) - 1
+        scalars = StepScalars(self._group_rate, before, Modifiers())
+        leaf = Leaf(gradient, parameter, state, ())
+        return self._update(leaf, state, scalars, self._use_kernel(), ops.StreamDealer())
+
+    def _update(self, leaf: Leaf, state: dict, scalars: StepScalars, fused: bool, dealer: ops.StreamDealer) -> mx.array:
+        g, w = leaf.gradient, leaf.parameter
+        path = leaf.path if scalars.needs_path or self.groups else ""
+        group, rule = self.groups.resolve(path, w) if self.groups else (None, self.rule)
+        form, numbers = scalars.of(rule, group, COMPUTE_DTYPE[w.dtype], path, state.get("step"))
+        v_dtype = self.accumulator.storage_dtype(w)
+        if not (fused and kernels.supports(self.accumulator, w, g)):
+            with dealer.place(w):
+                w, state["v"] = ops.update(form, self.accumulator, w, g, state["v"], numbers)
+        elif self.differentiable:
+            w, state["v"] = kernels.differentiable_launch(form, self.accumulator, w, g, state["v"], numbers)
+        else:
+            w, state["v"] = kernels.launch(form, w, g, state["v"], scalars.row(numbers), v_dtype)
+        if "step" in state:
+            state["step"] = state["step"] + scalars.counted
+        return w
+
+    def _advance(self, modifiers: Modifiers) -> StepScalars:
+        """Run the schedules and count the step, both only where the step happens."""
+        before = self.step
+        scheduled = [(self.state, name, schedule) for name, schedule in self._schedulers.items()]
+        for group, entry in zip(self.groups.groups, self.groups.states(self.state), strict=True):
+            if callable(group.lr):
+                scheduled.append((entry, "learning_rate", group.lr))
+        for entry, name, schedule in scheduled:
+            rate = schedule(before if modifiers.calls is None else modifiers.calls)
+            entry[name] = rate if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, rate, entry[name])
+        scalars = StepScalars(self._group_rate, before, modifiers)
+        self.state["step"] = before + scalars.counted
+        return scalars
+
+    def _group_rate(self, group: int | None) -> mx.array:
+        return self.learning_rate if group is None else self.groups.states(self.state)[group]["learning_rate"]
+
+    def _use_kernel(self) -> bool:
+        if self.fused:
+            kernels.require()
+        return kernels.available() if self.fused is None else self.fused
+
+    def _state_of(self, leaf: Leaf, gradients: dict) -> dict:
+        state = leaf.state if leaf.state else slot(self.state, gradients, leaf.keys)
+        if "v" not in state:
+            self.init_single(leaf.parameter, state)
+        return state
+
+    def _check(self, leaf: Leaf) -> None:
+        check_leaf(leaf, self.accumulator)
+        if self.fused and not kernels.supports(self.accumulator, leaf.parameter, leaf.gradient):
+            kinds = f"{leaf.parameter.dtype} parameters with {leaf.gradient.dtype} gradients"
+            raise RuntimeError(
+                f"[Adagrad] 'fused=True' but no kernel takes '{leaf.path}': {kinds} in {self.accumulator}. "
+                "Use fused=None to fall back by itself."
+            )

@@ -1,0 +1,38 @@
+"""Argument checks shared by every constructor: one wording, made before anything changes."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def real(owner: str, name: str, value: Any) -> float:
+    """Return ``value`` as a float, or raise TypeError if it is no real number (bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"[{owner}] '{name}' must be a real number but got {value!r}.")
+    return float(value)
+
+
+def non_negative(owner: str, name: str, value: Any) -> float:
+    """Return ``value`` as a finite float >= 0, or raise ValueError naming the argument."""
+    number = real(owner, name, value)
+    if math.isfinite(number) and number >= 0:
+        return number
+    wanted = "non-negative" if number < 0 else "finite"
+    raise ValueError(f"[{owner}] '{name}' must be {wanted} but got {number}.")
+
+
+def positive(owner: str, name: str, value: Any) -> float:
+    """Return ``value`` as a finite float > 0, or raise ValueError naming the argument."""
+    number = non_negative(owner, name, value)
+    if number == 0:
+        raise ValueError(f"[{owner}] '{name}' must be positive but got {number}.")
+    return number
+
+
+def boolean(owner: str, name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool, or raise TypeError: 0 and "False" are mistakes here."""
+    if not isinstance(value, bool):
+        raise TypeError(f"[{owner}] '{name}' must be True or False but got {value!r}.")
+    return value

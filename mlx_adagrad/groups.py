@@ -1,0 +1,135 @@
+"""Parameter groups: which parameter takes which rule, and the learning rates that groups have of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeAlias
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from . import rates
+from .rule import Rule
+
+Predicate: TypeAlias = Callable[[str, mx.array], bool]
+RULE_KEYS = ("lr_decay", "eps", "weight_decay", "maximize")
+KEYS = ("params", "lr", *RULE_KEYS)
+
+
+class Group(NamedTuple):
+    """One entry of ``groups``: what it matches, its rule, and its learning rate (None: the optimizer's)."""
+
+    patterns: tuple[str | Predicate, ...]
+    rule: Rule
+    lr: mx.array | rates.Schedule | None
+
+    def matches(self, path: str, parameter: mx.array) -> bool:
+        """Whether the parameter at ``path`` belongs to this group."""
+        return any(p(path, parameter) if callable(p) else fnmatchcase(path, p) for p in self.patterns)
+
+
+class Groups:
+    """The groups of one optimizer, first match first; what matches none takes the default rule.
+
+    Args:
+        rule: The default rule.
+        entries: Dicts of ``params`` (a glob, a list of globs, or a predicate on (path, array)) and any of ``lr``,
+            ``lr_decay``, ``eps``, ``weight_decay`` and ``maximize``.
+        decays: Predicate on (path, array): whether a parameter is subject to weight decay. Default: every one is.
+
+    Raises:
+        ValueError: For an unknown key, a missing ``params``, a pattern given twice, or a bad hyperparameter.
+        TypeError: For an entry that is no dict, or a pattern that is neither a string nor a callable.
+    """
+
+    def __init__(self, rule: Rule, entries: Iterable[dict[str, Any]] | None = None, decays: Predicate | None = None):
+        if decays is not None and not callable(decays):
+            raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {decays!r}.")
+        self.default = rule
+        self.decays = decays
+        self.groups: list[Group] = []
+        self._resolved: dict[str, tuple[int | None, Rule]] = {}
+        self._undecayed: dict[int, Rule] = {}
+        self.unmatched: set[int] = set()
+        for entry in [] if entries is None else entries:
+            self.add(entry)
+
+    def __bool__(self) -> bool:
+        return bool(self.groups) or self.decays is not None
+
+    def add(self, entry: dict[str, Any]) -> Group:
+        """Append a group; it takes the parameters that no earlier group matches."""
+        group = self._parse(entry, f"{self.default.owner} groups[{len(self.groups)}]")
+        self.unmatched.add(len(self.groups))
+        self.groups.append(group)
+        self._resolved.clear()
+        return group
+
+    def set_lr(self, index: int, lr: mx.array | rates.Schedule) -> None:
+        """Give group ``index`` a learning rate of its own."""
+        self.groups[index] = self.groups[index]._replace(lr=lr)
+        self._resolved.clear()
+
+    def _parse(self, entry: dict[str, Any], owner: str) -> Group:
+        if not isinstance(entry, dict):
+            raise TypeError(f"[{owner}] a group must be a dict but got {entry!r}.")
+        for key in entry:
+            if key not in KEYS:
+                raise ValueError(f"[{owner}] unknown key {key!r}: a group may have {', '.join(KEYS)}.")
+        if "params" not in entry:
+            raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
+        patterns = self._patterns(entry["params"], owner)
+        rule = replace(self.default, owner=owner, **{k: entry[k] for k in RULE_KEYS if k in entry})
+        lr = entry.get("lr")
+        return Group(patterns, rule, None if lr is None else rates.parse(owner, "lr", lr))
+
+    def _patterns(self, params: Any, owner: str) -> tuple[str | Predicate, ...]:
+        patterns = tuple(params) if isinstance(params, list | tuple) else (params,)
+        known = [p for group in self.groups for p in group.patterns]
+        for i, pattern in enumerate(patterns):
+            if not isinstance(pattern, str) and not callable(pattern):
+                raise TypeError(f"[{owner}] 'params' must be globs or a predicate (path, array) but got {pattern!r}.")
+            if pattern in known or pattern in patterns[:i]:
+                raise ValueError(f"[{owner}] the pattern {pattern!r} is given twice: the second could never match.")
+        if not patterns:
+            raise ValueError(f"[{owner}] 'params' must not be empty.")
+        return patterns
+
+    def resolve(self, path: str, parameter: mx.array) -> tuple[int | None, Rule]:
+        """The group whose learning rate holds at ``path`` (None: the default's), and the rule; decided once a path."""
+        if path not in self._resolved:
+            index = next((i for i, group in enumerate(self.groups) if group.matches(path, parameter)), None)
+            rule = self.default if index is None else self.groups[index].rule
+            if self.decays is not None and not self.decays(path, parameter):
+                rule = self._undecayed.setdefault(id(rule), replace(rule, weight_decay=0.0))
+            own_lr = index is not None and self.groups[index].lr is not None
+            self._resolved[path] = (index if own_lr else None, rule)
+        return self._resolved[path]
+
+    def states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """The groups' own entries in an optimizer's state: a learning rate for each group that has one.
+
+        Made in place where they are missing: for a new group, and in state from elsewhere.
+        """
+        if not self.groups:
+            return []
+        entries = state.setdefault("_mlx_adagrad", {}).setdefault("groups", [])
+        entries.extend({} for _ in self.groups[len(entries) :])
+        for group, entry in zip(self.groups, entries, strict=True):
+            if group.lr is not None and "learning_rate" not in entry:
+                entry["learning_rate"] = group.lr(state["step"]) if callable(group.lr) else group.lr
+        return entries
+
+    def check_matches(self, parameters: Any) -> None:
+        """Raise ValueError for a group that matches no parameter of the tree; asked until it has matched once."""
+        if not self.unmatched:
+            return
+        pairs = [(path, w) for path, w in tree_flatten(parameters) if isinstance(w, mx.array)]
+        for index in sorted(self.unmatched) if pairs else ():
+            group = self.groups[index]
+            if not any(group.matches(path, w) for path, w in pairs):
+                shown = ", ".join(repr(p) for p in group.patterns)
+                raise ValueError(f"[{group.rule.owner}] 'params' {shown} matches no parameter.")
+            self.unmatched.discard(index)

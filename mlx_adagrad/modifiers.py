@@ -1,0 +1,85 @@
+"""What a wrapper tells the optimizer inside it: scalars that enter the update, instead of passes over the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import mlx.core as mx
+
+# One 0-d fp32 array for the whole tree, or one for each parameter path.
+Scalar: TypeAlias = "mx.array | dict[str, mx.array]"
+
+
+def combine(a: Scalar | None, b: Scalar | None, function: Callable[[mx.array, mx.array], mx.array]) -> Scalar | None:
+    """``function(a, b)`` path by path; where one of them is absent, the other."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, dict):
+        return {path: function(x, b[path] if isinstance(b, dict) else b) for path, x in a.items()}
+    if isinstance(b, dict):
+        return {path: function(a, x) for path, x in b.items()}
+    return function(a, b)
+
+
+def at(scalar: Scalar | None, path: str) -> mx.array | None:
+    """The scalar that holds for the parameter at ``path``."""
+    return scalar[path] if isinstance(scalar, dict) else scalar
+
+
+@dataclass(frozen=True)
+class Modifiers:
+    """The update sees ``clip(scale * gradient, low, high)``, and happens only where ``apply`` says so.
+
+    Args:
+        scale: Factor on the gradients: 1 / loss scale, a clip factor, 1 / accumulated steps.
+        low: Lower bound of the scaled gradient's elements; given together with ``high``.
+        high: Upper bound of the scaled gradient's elements.
+        apply: Where False, weights, state and step counts stay as they are. A Python ``False`` costs nothing; an array
+            is selected on, never read.
+        calls: Calls made so far, for learning-rate schedules; None: the optimizer's own step count.
+    """
+
+    scale: Scalar | None = None
+    low: Scalar | None = None
+    high: Scalar | None = None
+    apply: mx.array | bool = True
+    calls: mx.array | None = None
+
+    def scaled(self, factor: Scalar) -> Modifiers:
+        """These modifiers, then a factor: it scales what was clipped before, hence the bounds too."""
+        bounds = (b if b is None else combine(b, factor, mx.multiply) for b in (self.low, self.high))
+        low, high = bounds
+        return replace(self, scale=combine(self.scale, factor, mx.multiply), low=low, high=high)
+
+    def clipped(self, low: Scalar, high: Scalar) -> Modifiers:
+        """These modifiers, then a clip of every element to [low, high]."""
+        if self.low is None:
+            return replace(self, low=low, high=high)
+
+        def clip(bound: Scalar | None) -> Scalar | None:
+            return combine(combine(bound, low, mx.maximum), high, mx.minimum)
+
+        return replace(self, low=clip(self.low), high=clip(self.high))
+
+    def gated(self, flag: mx.array | bool) -> Modifiers:
+        """These modifiers, with the update held back where ``flag`` is False too."""
+        if isinstance(flag, bool) or isinstance(self.apply, bool):
+            apply = flag if self.apply is True else (self.apply if flag is True else False)
+        else:
+            apply = mx.logical_and(self.apply, flag)
+        return replace(self, apply=apply)
+
+    def modified(self, path: str, gradient: mx.array) -> mx.array:
+        """``gradient`` as the update will see it, fp32 or wider: for norms, and for optimizers that take no
+        modifiers.
+        """
+        if gradient.dtype != mx.complex64:
+            gradient = gradient.astype(mx.float64 if gradient.dtype == mx.float64 else mx.float32)
+        scale, low, high = at(self.scale, path), at(self.low, path), at(self.high, path)
+        if scale is not None:
+            gradient = gradient * scale.astype(gradient.dtype)
+        if low is not None and high is not None:
+            gradient = mx.minimum(mx.maximum(gradient, low), high)
+        return gradient

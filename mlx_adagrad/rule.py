@@ -1,0 +1,157 @@
+"""The Adagrad update in MLX operations: the one home of the formula outside Metal.
+
+Everything here works on arrays of one compute dtype (fp32, or fp64 for fp64 parameters) and knows neither storage
+dtypes nor devices. ``metal/rule.metal`` is its counterpart on scalars; the tests hold both against numpy float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import checks
+
+# The smallest normal numbers: a root of at least this keeps 0/0 and the derivative of sqrt at 0 out of the update,
+# and lies far below any eps that changes a result.
+SMALLEST_NORMAL = {mx.float32: 2.0**-126, mx.float64: 2.0**-1022}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The hyperparameters that act on each element, fixed for the life of an optimizer (or of one parameter group).
+
+    Args:
+        eps: Term in the denominator, >= 0.
+        eps_inside_sqrt: Divide by ``sqrt(v + eps)`` (Keras 3, optax) and not by ``sqrt(v) + eps`` (torch, MLX).
+        lr_decay: Decay of the learning rate, ``lr / (1 + (t - 1) lr_decay)``, >= 0.
+        weight_decay: Weight decay, >= 0; coupled (``g += weight_decay w``) unless ``decoupled_weight_decay``.
+        decoupled_weight_decay: ``w -= lr weight_decay w`` before the update.
+        initial_accumulator_value: What ``v`` starts from, >= 0.
+        maximize: Follow the gradient uphill.
+        update_accumulator: Let ``v`` grow (TensorFlow's and MindSpore's ``update_slots``).
+        step_per_parameter: Count steps for each parameter on its own, as torch does; it matters to ``lr_decay``.
+        owner: The name that error messages carry.
+    """
+
+    eps: float = 1e-8
+    eps_inside_sqrt: bool = False
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+    initial_accumulator_value: float = 0.0
+    maximize: bool = False
+    update_accumulator: bool = True
+    step_per_parameter: bool = False
+    owner: str = "Adagrad"
+
+    def __post_init__(self) -> None:
+        for name in ("eps", "lr_decay", "weight_decay", "initial_accumulator_value"):
+            object.__setattr__(self, name, checks.non_negative(self.owner, name, getattr(self, name)))
+        for name in (
+            "eps_inside_sqrt",
+            "decoupled_weight_decay",
+            "maximize",
+            "update_accumulator",
+            "step_per_parameter",
+        ):
+            checks.boolean(self.owner, name, getattr(self, name))
+
+    def form(self, *, scaled: bool = False, clipped: bool = False, gated: bool = False) -> Form:
+        """What of this rule decides which code runs, with the numbers left out."""
+        decays = self.weight_decay > 0
+        return Form(
+            maximize=self.maximize,
+            coupled=decays and not self.decoupled_weight_decay,
+            decoupled=decays and self.decoupled_weight_decay,
+            eps_inside_sqrt=self.eps_inside_sqrt,
+            eps_is_zero=self.eps == 0,
+            update_accumulator=self.update_accumulator,
+            scaled=scaled,
+            clipped=clipped,
+            gated=gated,
+        )
+
+
+class Form(NamedTuple):
+    """The branches of the formula: constants of a compiled function, template constants of a Metal kernel."""
+
+    maximize: bool
+    coupled: bool
+    decoupled: bool
+    eps_inside_sqrt: bool
+    eps_is_zero: bool
+    update_accumulator: bool
+    scaled: bool
+    clipped: bool
+    gated: bool
+
+
+class Scalars(NamedTuple):
+    """The numbers of one step, 0-d arrays: each enters the update as a scalar, never as a pass over memory.
+
+    ``scale``, ``low``/``high`` and ``apply`` come from wrappers (loss scale, clipping, skipped steps); None where
+    unused.
+    """
+
+    lr: mx.array
+    eps: mx.array
+    weight_decay: mx.array
+    scale: Any = None
+    low: Any = None
+    high: Any = None
+    apply: Any = None
+
+    def row(self) -> mx.array:
+        """The numbers as one fp32 array of 7, the form in which a Metal kernel takes them."""
+        unused = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
+        entries = [mx.array(u) if s is None else s.astype(mx.float32) for s, u in zip(self, unused, strict=True)]
+        return mx.stack(entries)
+
+
+def effective_lr(rule: Rule, learning_rate: mx.array, step: mx.array) -> mx.array:
+    """``learning_rate / (1 + step lr_decay)``, where ``step`` counts the steps made before this one."""
+    if rule.lr_decay == 0:
+        return learning_rate
+    return learning_rate / (1.0 + step.astype(learning_rate.dtype) * rule.lr_decay)
+
+
+def ascent_or_descent(form: Form, w: mx.array, g: mx.array, s: Scalars) -> mx.array:
+    """The gradient that Adagrad squares: unscaled, clipped, turned round for maximize, then decayed (torch's order)."""
+    if form.scaled:
+        g = g * s.scale
+    if form.clipped:
+        g = mx.minimum(mx.maximum(g, s.low), s.high)
+    if form.maximize:
+        g = -g
+    if form.coupled:
+        g = g + s.weight_decay * w
+    return g
+
+
+def accumulate(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars, pool: Callable[[Any], Any]) -> mx.array:
+    """``v + g²``; ``pool`` is what the accumulator keeps of g² (all of it, or a mean over each row)."""
+    if not form.update_accumulator:
+        return v
+    total = v + pool(mx.square(ascent_or_descent(form, w, g, s)))
+    return mx.where(s.apply, total, v) if form.gated else total
+
+
+def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
+    """``sqrt(v) + eps`` or ``sqrt(v + eps)``; where eps and v are both 0 it is infinite, which makes the update 0."""
+    if form.eps_inside_sqrt:
+        v = v + s.eps
+    tiny = SMALLEST_NORMAL[v.dtype]
+    root = mx.sqrt(mx.where(v < tiny, tiny, v))
+    if form.eps_is_zero:
+        return mx.where(v == 0, float("inf"), root)
+    return root if form.eps_inside_sqrt else root + s.eps
+
+
+def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
+    """``w - lr g / denominator(v)`` for the ``v`` that already holds this gradient."""
+    decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
+    new = decayed - s.lr * ascent_or_descent(form, w, g, s) / denominator(form, v, s)
+    return mx.where(s.apply, new, w) if form.gated else new
