@@ -8,14 +8,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from . import checks, kernels, ops, rates
-from .accumulators import COMPUTE_DTYPE, Dense
+from . import checks, kernels, rates
+from .accumulators import Dense
 from .groups import Groups, Predicate
 from .leaves import Leaf, check_leaf, collect, optimizable, rebuild, slot
 from .modifiers import Modifiers
 from .rates import LearningRate
 from .rule import Rule
-from .scalars import StepScalars
+from .step import Plan, Step
 
 
 class Adagrad(Optimizer):
@@ -216,36 +216,54 @@ class Adagrad(Optimizer):
             return rebuild(gradients, parameters, (leaf.parameter for leaf in leaves))
         states = [self._state_of(leaf, gradients) for leaf in leaves]
         self._initialized = True
-        scalars = self._advance(modifiers)
-        dealer = ops.StreamDealer()
-        updated = (self._update(*pair, scalars, fused, dealer) for pair in zip(leaves, states, strict=True))
-        return rebuild(gradients, parameters, updated)
+        step = self._advance(modifiers)
+        return rebuild(gradients, parameters, iter(self._update_all(leaves, states, step, fused)))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
         before = mx.maximum(self.step, 1) - 1
-        scalars = StepScalars(self._group_rate, before, Modifiers())
-        leaf = Leaf(gradient, parameter, state, ())
-        return self._update(leaf, state, scalars, self._use_kernel(), ops.StreamDealer())
+        step = Step(self.accumulator, self._group_rate, before, Modifiers())
+        return self._update(Leaf(gradient, parameter, state, ()), state, step, self._use_kernel())
 
-    def _update(self, leaf: Leaf, state: dict, scalars: StepScalars, fused: bool, dealer: ops.StreamDealer) -> mx.array:
-        g, w = leaf.gradient, leaf.parameter
-        path = leaf.path if scalars.needs_path or self.groups else ""
-        group, rule = self.groups.resolve(path, w) if self.groups else (None, self.rule)
-        form, numbers = scalars.of(rule, group, COMPUTE_DTYPE[w.dtype], path, state.get("step"))
-        v_dtype = self.accumulator.storage_dtype(w)
+    def _update_all(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+        updated: list[Any] = [None] * len(leaves)
+        small: dict[Any, list[int]] = {}
+        for i, (leaf, state) in enumerate(zip(leaves, states, strict=True)):
+            w = leaf.parameter
+            plan = step.shared.get(w.dtype)
+            if plan is None or fused or not plan.functions.batches(w):
+                updated[i] = self._update(leaf, state, step, fused)
+            else:
+                small.setdefault((w.dtype, w.shape), []).append(i)
+        for (dtype, _), indices in small.items():
+            plan = step.shared[dtype]
+            tensors = [(leaves[i].parameter, leaves[i].gradient, states[i]["v"]) for i in indices]
+            for i, (w, v) in zip(indices, plan.functions.update_many(tensors, plan.scalars), strict=True):
+                updated[i], states[i]["v"] = w, v
+        return updated
+
+    def _update(self, leaf: Leaf, state: dict, step: Step, fused: bool) -> mx.array:
+        g, w, _, _ = leaf
+        plan = step.shared.get(w.dtype) or self._plan(leaf, state, step)
         if not (fused and kernels.supports(self.accumulator, w, g)):
-            with dealer.place(w):
-                w, state["v"] = ops.update(form, self.accumulator, w, g, state["v"], numbers)
+            w, state["v"] = plan.functions.update(w, g, state["v"], plan.scalars, step.dealer)
         elif self.differentiable:
-            w, state["v"] = kernels.differentiable_launch(form, self.accumulator, w, g, state["v"], numbers)
+            w, state["v"] = kernels.differentiable_launch(plan, w, g, state["v"])
         else:
-            w, state["v"] = kernels.launch(form, w, g, state["v"], scalars.row(numbers), v_dtype)
-        if "step" in state:
-            state["step"] = state["step"] + scalars.counted
+            w, state["v"] = kernels.launch(plan.form, w, g, state["v"], step.row(plan.scalars), plan.v_dtype)
+        if self.rule.step_per_parameter:
+            state["step"] = state["step"] + step.counted
         return w
 
-    def _advance(self, modifiers: Modifiers) -> StepScalars:
+    def _plan(self, leaf: Leaf, state: dict, step: Step) -> Plan:
+        group, rule = self.groups.resolve(leaf.path, leaf.parameter) if self.groups else (None, self.rule)
+        own_step = state["step"] if rule.step_per_parameter else None
+        plan = step.plan(rule, group, leaf.parameter, leaf.path if step.by_path else "", own_step)
+        if not (self.groups or step.by_path or rule.step_per_parameter):
+            step.shared[leaf.parameter.dtype] = plan
+        return plan
+
+    def _advance(self, modifiers: Modifiers) -> Step:
         """Run the schedules and count the step, both only where the step happens."""
         before = self.step
         scheduled = [(self.state, name, schedule) for name, schedule in self._schedulers.items()]
@@ -255,9 +273,9 @@ class Adagrad(Optimizer):
         for entry, name, schedule in scheduled:
             rate = schedule(before if modifiers.calls is None else modifiers.calls)
             entry[name] = rate if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, rate, entry[name])
-        scalars = StepScalars(self._group_rate, before, modifiers)
-        self.state["step"] = before + scalars.counted
-        return scalars
+        step = Step(self.accumulator, self._group_rate, before, modifiers)
+        self.state["step"] = before + step.counted
+        return step
 
     def _group_rate(self, group: int | None) -> mx.array:
         return self.learning_rate if group is None else self.groups.states(self.state)[group]["learning_rate"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import ops
 from .accumulators import Dense
 from .rule import Form, Scalars
+from .step import Plan
 
 # MLX's own element-wise kernels: 8 bytes of work for each thread, one element below 65,536 elements
 # (get_work_per_thread in mlx/backend/metal/utils.h).
@@ -106,21 +106,20 @@ def source(name: str) -> str:
     return (files("mlx_adagrad") / "metal" / f"{name}.metal").read_text(encoding="utf-8")
 
 
-def differentiable_launch(
-    form: Form, accumulator: Dense, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars
-) -> tuple[mx.array, mx.array]:
+def differentiable_launch(plan: Plan, w: mx.array, g: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
     """:func:`launch` with the derivative of the formula in ``rule.py``; such a step cannot be exported."""
+    used = {name: s for name, s in plan.scalars._asdict().items() if s is not None}
 
-    used = {name: s for name, s in scalars._asdict().items() if s is not None}
+    def numbers(values: tuple[mx.array, ...]) -> Scalars:
+        return Scalars(**dict(zip(used, values, strict=True)))
 
-    def forward(w: mx.array, g: mx.array, v: mx.array, *numbers: mx.array) -> tuple[mx.array, mx.array]:
-        row = Scalars(**dict(zip(used, numbers, strict=True))).row()
-        return launch(form, w, g, v, row, accumulator.storage_dtype(w))
+    def forward(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
+        return launch(plan.form, w, g, v, numbers(values).row(), plan.v_dtype)
 
-    def reference(w: mx.array, g: mx.array, v: mx.array, *numbers: mx.array) -> tuple[mx.array, mx.array]:
-        return ops.update(form, accumulator, w, g, v, Scalars(**dict(zip(used, numbers, strict=True))))
+    def reference(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
+        return plan.functions.update(w, g, v, numbers(values))
 
-    function = mx.custom_function(forward)
+    function: Any = mx.custom_function(forward)
 
     @function.vjp
     def backward(primals, cotangents, _outputs):  # noqa: ANN001, ANN202 - MLX calls it

@@ -47,16 +47,17 @@ def collect(gradients: Any, parameters: Any, state: Any, check: Callable[[Leaf],
 
 
 def _collect(gradients: Any, parameters: Any, state: Any, keys: tuple, check: Callable, leaves: list[Leaf]) -> None:
+    # the hot loop of a step with many small tensors: plain locals, one tuple a leaf
     for key, gradient in children(gradients):
         here = (*keys, key)
-        if is_absent(gradient):
+        if type(gradient) is not mx.array and is_absent(gradient):
             continue
         parameter = _child(parameters, key)
         if parameter is None:
             raise ValueError(f"[Adagrad] there is a gradient for '{dotted(here)}' but no parameter.")
-        own_state = _child(state, key)
         if not keys and key in RESERVED:
             raise ValueError(f"[Adagrad] a parameter at the root may not be named '{key}': the state uses that key.")
+        own_state = _child(state, key)
         if isinstance(gradient, dict | list | tuple):
             _collect(gradient, parameter, own_state, here, check, leaves)
         else:
@@ -123,7 +124,10 @@ def _rebuilt(gradient: Any, parameter: Any, updated: Iterator[mx.array]) -> Any:
 
 def check_leaf(leaf: Leaf, accumulator: Dense) -> None:
     """Raise TypeError or ValueError, naming the path, for a leaf that cannot be updated; reads no value."""
-    g, w = leaf.gradient, leaf.parameter
+    g, w, state, _ = leaf
+    if type(g) is type(w) is mx.array and g.shape == w.shape and g.dtype != mx.complex64 and w.dtype in COMPUTE_DTYPE:
+        if not state or (type(state) is dict and "v" in state and state["v"].shape == accumulator.shape(w)):
+            return  # what nearly every leaf is
     if not isinstance(g, mx.array) or not isinstance(w, mx.array):
         what, got = ("gradient", g) if not isinstance(g, mx.array) else ("parameter", w)
         raise TypeError(f"[Adagrad] the {what} of '{leaf.path}' must be an array but got {type(got).__name__}.")
@@ -133,11 +137,11 @@ def check_leaf(leaf: Leaf, accumulator: Dense) -> None:
         raise ValueError(f"[Adagrad] the gradient of '{leaf.path}' has shape {g.shape} but the parameter {w.shape}.")
     if g.dtype == mx.complex64 and w.dtype != mx.complex64:
         raise ValueError(f"[Adagrad] the gradient of '{leaf.path}' is complex64 but the parameter {w.dtype}.")
-    if not leaf.state:
+    if not state:
         return
-    if not isinstance(leaf.state, dict):
-        raise ValueError(f"[Adagrad] the state of '{leaf.path}' must be a dict but got {type(leaf.state).__name__}.")
-    v = leaf.state.get("v")
+    if not isinstance(state, dict):
+        raise ValueError(f"[Adagrad] the state of '{leaf.path}' must be a dict but got {type(state).__name__}.")
+    v = state.get("v")
     if v is not None and v.shape != accumulator.shape(w):
         wanted = accumulator.shape(w)
         raise ValueError(f"[Adagrad] the state 'v' of '{leaf.path}' has shape {v.shape} but must have {wanted}.")

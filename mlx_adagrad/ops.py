@@ -20,43 +20,21 @@ IN_PLACE_ELEMENTS = 2_000_000
 # memory.
 PARALLEL_ELEMENTS = 32_768
 CPU_STREAMS = 2
+# Smaller ones of one shape are updated this many in one compiled call: a call costs about as much as a small update.
+BATCH = 16
 
 
-def update(
-    form: Form, accumulator: Dense, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars
-) -> tuple[mx.array, mx.array]:
-    """The new ``(w, v)`` of one tensor: ``w`` keeps its dtype, ``v`` comes in the accumulator's.
-
-    ``scalars`` are of the compute dtype of ``w``; ``g`` has the shape of ``w`` and any real dtype (complex for
-    complex).
-    """
-    if w.dtype == mx.complex64:
-        return _complex_update(form, accumulator, w, g, v, scalars)
-    functions = _functions(form, accumulator, accumulator.storage_dtype(w))
-    if w.size >= IN_PLACE_ELEMENTS:
-        v = functions.accumulate(w, g, v, scalars)
-        return functions.descend(w, g, v, scalars), v
-    return functions.both(w, g, v, scalars)
-
-
-def _complex_update(
-    form: Form, accumulator: Dense, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars
-) -> tuple[mx.array, mx.array]:
-    # torch's rule: the real and the imaginary part are two independent parameters
-    g, v = g.astype(mx.complex64), v.astype(mx.complex64)
-    parts = (update(form, accumulator, part(w), part(g), part(v), scalars) for part in (mx.real, mx.imag))
-    (w_real, v_real), (w_imag, v_imag) = parts
-    return w_real + 1j * w_imag, v_real + 1j * v_imag
-
-
-class _Functions:
+class Functions:
     """The update of one (form, accumulator, dtype of v), compiled: in one function, or in two that run in place."""
 
     def __init__(self, form: Form, accumulator: Dense, v_dtype: mx.Dtype):
+        self.v_dtype = v_dtype
+        v_storage = mx.float32 if v_dtype == mx.complex64 else v_dtype  # of each part
+
         def accumulate(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
             w, g = _computing(w, g)
             total = rule.accumulate(form, w, g, accumulator.read(v, w), s, accumulator.pool)
-            return accumulator.write(total, v_dtype)
+            return accumulator.write(total, v_storage)
 
         def descend(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
             storage = w.dtype
@@ -67,11 +45,56 @@ class _Functions:
             storage = w.dtype
             w, g = _computing(w, g)
             total = rule.accumulate(form, w, g, accumulator.read(v, w), s, accumulator.pool)
-            return rule.descend(form, w, g, total, s).astype(storage), accumulator.write(total, v_dtype)
+            return rule.descend(form, w, g, total, s).astype(storage), accumulator.write(total, v_storage)
 
+        def many(ws: list, gs: list, vs: list, s: Scalars) -> list[tuple[mx.array, mx.array]]:
+            return [both(w, g, v, s) for w, g, v in zip(ws, gs, vs, strict=True)]
+
+        self.many: Any = mx.compile(many)
         self.accumulate: Any = mx.compile(accumulate)
         self.descend: Any = mx.compile(descend)
         self.both: Any = mx.compile(both)
+
+    def update(
+        self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, dealer: StreamDealer | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """The new ``(w, v)`` of one tensor; ``w`` keeps its dtype.
+
+        ``scalars`` are of the compute dtype of ``w``; ``g`` has the shape of ``w`` and any real dtype (complex for
+        complex).
+        """
+        if self.v_dtype == mx.complex64:
+            return self._complex_update(w, g, v, scalars)
+        size = w.size
+        if size >= IN_PLACE_ELEMENTS:
+            v = self.accumulate(w, g, v, scalars)
+            return self.descend(w, g, v, scalars), v
+        if size < PARALLEL_ELEMENTS or dealer is None:
+            return self.both(w, g, v, scalars)
+        with dealer.stream_for(size):
+            return self.both(w, g, v, scalars)
+
+    def batches(self, w: mx.array) -> bool:
+        """Whether tensors like ``w`` are to be collected for :meth:`update_many`."""
+        return w.size < PARALLEL_ELEMENTS and self.v_dtype != mx.complex64
+
+    def update_many(self, tensors: list[tuple[mx.array, mx.array, mx.array]], scalars: Scalars) -> list:
+        """:meth:`update` for many (w, g, v) of one shape, in as few calls as compile a bounded number of functions."""
+        updated, done, size = [], 0, BATCH
+        while done < len(tensors):
+            while size > len(tensors) - done:
+                size //= 2  # 8, 4, 2, 1: a set of tensors that changes from step to step must not compile anew for ever
+            ws, gs, vs = zip(*tensors[done : done + size], strict=True)
+            updated += self.many(ws, gs, vs, scalars) if size > 1 else [self.both(ws[0], gs[0], vs[0], scalars)]
+            done += size
+        return updated
+
+    def _complex_update(self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars) -> tuple[mx.array, mx.array]:
+        # torch's rule: the real and the imaginary part are two independent parameters
+        g, v = g.astype(mx.complex64), v.astype(mx.complex64)
+        parts = [self.both(part(w), part(g), part(v), scalars) for part in (mx.real, mx.imag)]
+        (w_real, v_real), (w_imag, v_imag) = parts
+        return w_real + 1j * w_imag, v_real + 1j * v_imag
 
 
 def _computing(w: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
@@ -80,8 +103,9 @@ def _computing(w: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @cache
-def _functions(form: Form, accumulator: Dense, v_dtype: mx.Dtype) -> _Functions:
-    return _Functions(form, accumulator, v_dtype)
+def functions(form: Form, accumulator: Dense, v_dtype: mx.Dtype) -> Functions:
+    """The compiled functions, one set for each combination."""
+    return Functions(form, accumulator, v_dtype)
 
 
 class StreamDealer:
@@ -93,22 +117,20 @@ class StreamDealer:
 
     def __init__(self) -> None:
         self.work = [0] * CPU_STREAMS
-        self.streams = _cpu_streams() if mx.default_device() == mx.cpu else None
+        self.on_cpu = mx.default_device() == mx.cpu
 
-    def place(self, tensor: mx.array) -> AbstractContextManager:
-        """The stream on which to update ``tensor``, as a context."""
-        if self.streams is None or not PARALLEL_ELEMENTS <= tensor.size < IN_PLACE_ELEMENTS:
-            return nullcontext()
+    def stream_for(self, size: int) -> AbstractContextManager:
+        """The stream on which to update a tensor of ``size`` elements, as a context."""
         least = self.work.index(min(self.work))
-        self.work[least] += tensor.size
-        stream = self.streams[least]
-        return nullcontext() if stream is None else mx.stream(stream)
+        self.work[least] += size
+        return mx.stream(_extra_streams()[least - 1]) if self.on_cpu and least else nullcontext()
 
 
 _thread = threading.local()
 
 
-def _cpu_streams() -> list[mx.Stream | None]:
+def _extra_streams() -> list[mx.Stream]:
+    """The CPU streams beside the default one, the calling thread's own."""
     if not hasattr(_thread, "streams"):
-        _thread.streams = [None] + [mx.new_stream(mx.cpu) for _ in range(CPU_STREAMS - 1)]
+        _thread.streams = [mx.new_stream(mx.cpu) for _ in range(CPU_STREAMS - 1)]
     return _thread.streams
