@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from . import checks
+from . import checks, schedules
 
 Schedule: TypeAlias = Callable[[mx.array], mx.array]
-LearningRate: TypeAlias = "float | mx.array | Callable[..., Any]"
+LearningRate: TypeAlias = "float | mx.array | Callable[..., Any] | Mapping[str, Any]"
 
 REAL_DTYPES = (mx.floating, mx.integer)
 
 
 def parse(owner: str, name: str, value: Any) -> mx.array | Schedule:
-    """A 0-d fp32 array for a number or a one-element array, a schedule of the step for a callable.
+    """A 0-d fp32 array for a number or a one-element array, a schedule of the step for a callable or one of Keras's.
 
     Raises:
         TypeError: For what is no number, array or callable; a bool is none of them.
-        ValueError: For a negative, infinite or NaN number, and for an array of more than one element. The value
-            inside an array is never read: it may belong to a trace.
+        ValueError: For a negative, infinite or NaN number, for an array of more than one element, and for a schedule
+            of Keras's that is not known. The value inside an array is never read: it may belong to a trace.
     """
+    if isinstance(value, CheckedSchedule):
+        return value
+    if is_keras_schedule(value):
+        value = schedules.from_keras(value)
     if callable(value):
         return _schedule(owner, name, value)
     return as_array(owner, name, value)
@@ -44,8 +49,28 @@ def as_array(owner: str, name: str, value: Any) -> mx.array:
 
 def _schedule(owner: str, name: str, function: Callable[..., Any]) -> Schedule:
     if takes_step(function):
-        return lambda step: as_array(owner, name, function(step))
-    return lambda step: as_array(owner, name, function())
+        return CheckedSchedule(owner, name, function, function)
+    return CheckedSchedule(owner, name, function, lambda step: function())
+
+
+@dataclass(frozen=True)
+class CheckedSchedule:
+    """A schedule whose result is checked; ``given`` is the callable that the user gave, for a checkpoint to name."""
+
+    owner: str
+    name: str
+    given: Callable[..., Any]
+    function: Callable[..., Any]
+
+    def __call__(self, step: mx.array) -> mx.array:
+        return as_array(self.owner, self.name, self.function(step))
+
+
+def is_keras_schedule(value: Any) -> bool:
+    """Whether ``value`` is a schedule of Keras's, or its config; called, it would return its backend's arrays."""
+    if isinstance(value, Mapping):
+        return "class_name" in value
+    return callable(getattr(value, "get_config", None)) and not isinstance(value, schedules.NamedSchedule)
 
 
 def takes_step(function: Callable[..., Any]) -> bool:

@@ -1,0 +1,1 @@
+"""The formulas behind :mod:`mlx_adagrad.schedules`, one file a framework."""
