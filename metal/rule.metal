@@ -17,7 +17,7 @@ constant constexpr float ADAGRAD_SMALLEST_NORMAL = 1.17549435e-38f;
 
 // The gradient that Adagrad squares: unscaled, clipped, turned round for maximize, then decayed.
 template <bool MAXIMIZE, bool COUPLED, bool SCALED, bool CLIPPED>
-inline float adagrad_gradient(float w, float g, AdagradScalars s) {
+inline float adagrad_gradient(float w, float g, const thread AdagradScalars& s) {
   if (SCALED) {
     g = g * s.scale;
   }
@@ -36,7 +36,7 @@ inline float adagrad_gradient(float w, float g, AdagradScalars s) {
 
 // sqrt(v) + eps or sqrt(v + eps); infinite where both are 0, which makes the update 0.
 template <bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO>
-inline float adagrad_denominator(float v, AdagradScalars s) {
+inline float adagrad_denominator(float v, const thread AdagradScalars& s) {
   if (EPS_INSIDE_SQRT) {
     v = v + s.eps;
   }
@@ -49,7 +49,7 @@ inline float adagrad_denominator(float v, AdagradScalars s) {
 
 // w - lr g / denominator(v), for the gradient of adagrad_gradient and the v that already holds its square.
 template <bool DECOUPLED, bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO>
-inline float adagrad_descend(float w, float g, float v, AdagradScalars s) {
+inline float adagrad_descend(float w, float g, float v, const thread AdagradScalars& s) {
   float decayed = DECOUPLED ? w - s.lr * s.weight_decay * w : w;
   return decayed - s.lr * g / adagrad_denominator<EPS_INSIDE_SQRT, EPS_IS_ZERO>(v, s);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -103,7 +103,7 @@ def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any
 @cache
 def source(name: str) -> str:
     """The text of ``metal/<name>.metal``."""
-    return (files("mlx_adagrad") / "metal" / f"{name}.metal").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "metal" / f"{name}.metal").read_text(encoding="utf-8")
 
 
 def differentiable_launch(plan: Plan, w: mx.array, g: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
