@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
+from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
 from . import checks, kernels, rates
 from .accumulators import Dense
+from .configurable import Configurable
 from .groups import Groups, Predicate
 from .leaves import Leaf, check_leaf, collect, optimizable, rebuild, slot
 from .modifiers import Modifiers
@@ -18,7 +20,7 @@ from .rule import Rule
 from .step import Plan, Step
 
 
-class Adagrad(Optimizer):
+class Adagrad(Configurable, Optimizer):
     r"""The Adagrad optimizer [1], a drop-in for :class:`mlx.optimizers.Adagrad` that stays right in half precision.
 
     At step :math:`t = 1, 2, \dots`, with :math:`g \leftarrow -g` first if ``maximize``:
@@ -113,12 +115,14 @@ class Adagrad(Optimizer):
         accumulator: Dense | None = None,
         groups: Iterable[dict[str, Any]] | None = None,
         weight_decay_mask: Predicate | None = None,
+        ignored_group_keys: tuple[str, ...] = (),
     ) -> Adagrad:
         """An optimizer with exactly this rule, also one that the constructor would refuse (``eps`` and ``v`` both
         0).
         """
         optimizer = cls.__new__(cls)
-        optimizer._setup(learning_rate, Groups(rule, groups, weight_decay_mask), accumulator, None, False)
+        parsed = Groups(rule, groups, weight_decay_mask, ignored_group_keys)
+        optimizer._setup(learning_rate, parsed, accumulator, None, False)
         return optimizer
 
     def _setup(
@@ -151,14 +155,17 @@ class Adagrad(Optimizer):
 
     @property
     def learning_rate(self) -> mx.array:
-        """The learning rate of the last step, 0-d fp32; settable to whatever the constructor takes."""
+        """The learning rate of the last step, 0-d fp32; settable to whatever the constructor takes, which then holds
+        in place of a schedule too.
+        """
         return self.state["learning_rate"]
 
     @learning_rate.setter
     def learning_rate(self, learning_rate: LearningRate) -> None:
-        self._set_rate(rates.parse("Adagrad", "learning_rate", learning_rate))
+        self._set_rate(rates.parse(self.rule.owner, "learning_rate", learning_rate))
 
     def _set_rate(self, rate: mx.array | rates.Schedule) -> None:
+        self._schedulers.pop("learning_rate", None)
         if callable(rate):
             self._schedulers["learning_rate"] = rate
         self.state["learning_rate"] = rate(self.step) if callable(rate) else rate
@@ -176,6 +183,17 @@ class Adagrad(Optimizer):
         entry = self.groups.states(self.state)[index]
         rate = self.groups.groups[index].lr
         entry["learning_rate"] = rate(self.step) if callable(rate) else rate
+
+    @property
+    def iterations(self) -> mx.array:
+        """The number of updates made, as Keras names it."""
+        return self.step
+
+    def finalize_variable_values(self, model_or_tree: Any) -> Any:
+        """The values to evaluate and save: without an average of them around this optimizer, the parameters as they
+        are.
+        """
+        return model_or_tree.parameters() if isinstance(model_or_tree, Module) else model_or_tree
 
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, so that it can be captured, saved or loaded into.
@@ -257,7 +275,7 @@ class Adagrad(Optimizer):
 
     def _plan(self, leaf: Leaf, state: dict, step: Step) -> Plan:
         group, rule = self.groups.resolve(leaf.path, leaf.parameter) if self.groups else (None, self.rule)
-        own_step = state["step"] if rule.step_per_parameter else None
+        own_step = state["step"] if rule.step_per_parameter and rule.lr_decay else None
         plan = step.plan(rule, group, leaf.parameter, leaf.path if step.by_path else "", own_step)
         if not (self.groups or step.by_path or rule.step_per_parameter):
             step.shared[leaf.parameter.dtype] = plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -29,6 +29,15 @@ def positive(owner: str, name: str, value: Any) -> float:
     if number == 0:
         raise ValueError(f"[{owner}] '{name}' must be positive but got {number}.")
     return number
+
+
+def positive_integer(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int >= 1, or raise ValueError (TypeError if it is no integer) naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"[{owner}] '{name}' must be an integer but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"[{owner}] '{name}' must be at least 1 but got {value}.")
+    return int(value)
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from . import rates
+from . import checks, rates
 from .rule import Rule
 
 Predicate: TypeAlias = Callable[[str, mx.array], bool]
@@ -38,17 +38,25 @@ class Groups:
         entries: Dicts of ``params`` (a glob, a list of globs, or a predicate on (path, array)) and any of ``lr``,
             ``lr_decay``, ``eps``, ``weight_decay`` and ``maximize``.
         decays: Predicate on (path, array): whether a parameter is subject to weight decay. Default: every one is.
+        ignored_keys: Further keys, of numbers >= 0, that a group may have without effect.
 
     Raises:
         ValueError: For an unknown key, a missing ``params``, a pattern given twice, or a bad hyperparameter.
         TypeError: For an entry that is no dict, or a pattern that is neither a string nor a callable.
     """
 
-    def __init__(self, rule: Rule, entries: Iterable[dict[str, Any]] | None = None, decays: Predicate | None = None):
+    def __init__(
+        self,
+        rule: Rule,
+        entries: Iterable[dict[str, Any]] | None = None,
+        decays: Predicate | None = None,
+        ignored_keys: tuple[str, ...] = (),
+    ):
         if decays is not None and not callable(decays):
             raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {decays!r}.")
         self.default = rule
         self.decays = decays
+        self.ignored_keys = ignored_keys
         self.groups: list[Group] = []
         self._resolved: dict[str, tuple[int | None, Rule]] = {}
         self._undecayed: dict[int, Rule] = {}
@@ -76,8 +84,11 @@ class Groups:
         if not isinstance(entry, dict):
             raise TypeError(f"[{owner}] a group must be a dict but got {entry!r}.")
         for key in entry:
-            if key not in KEYS:
-                raise ValueError(f"[{owner}] unknown key {key!r}: a group may have {', '.join(KEYS)}.")
+            if key in self.ignored_keys:
+                checks.non_negative(owner, key, entry[key])
+            elif key not in KEYS:
+                known = ", ".join((*KEYS, *self.ignored_keys))
+                raise ValueError(f"[{owner}] unknown key {key!r}: a group may have {known}.")
         if "params" not in entry:
             raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
         patterns = self._patterns(entry["params"], owner)

@@ -80,6 +80,12 @@ class Modifiers:
         scale, low, high = at(self.scale, path), at(self.low, path), at(self.high, path)
         if scale is not None:
             gradient = gradient * scale.astype(gradient.dtype)
-        if low is not None and high is not None:
-            gradient = mx.minimum(mx.maximum(gradient, low), high)
-        return gradient
+        if low is None or high is None:
+            return gradient
+        if gradient.dtype == mx.complex64:  # two independent reals, as in the update
+            return _clip(mx.real(gradient), low, high) + 1j * _clip(mx.imag(gradient), low, high)
+        return _clip(gradient, low, high)
+
+
+def _clip(gradient: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return mx.minimum(mx.maximum(gradient, low), high)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
-from . import checks, schedules
+from . import checks
 
 Schedule: TypeAlias = Callable[[mx.array], mx.array]
 LearningRate: TypeAlias = "float | mx.array | Callable[..., Any] | Mapping[str, Any]"
@@ -29,6 +29,8 @@ def parse(owner: str, name: str, value: Any) -> mx.array | Schedule:
     if isinstance(value, CheckedSchedule):
         return value
     if is_keras_schedule(value):
+        from . import schedules  # only those who come from Keras pay for its import
+
         value = schedules.from_keras(value)
     if callable(value):
         return _schedule(owner, name, value)
@@ -70,7 +72,8 @@ def is_keras_schedule(value: Any) -> bool:
     """Whether ``value`` is a schedule of Keras's, or its config; called, it would return its backend's arrays."""
     if isinstance(value, Mapping):
         return "class_name" in value
-    return callable(getattr(value, "get_config", None)) and not isinstance(value, schedules.NamedSchedule)
+    ours = type(value).__module__.partition(".")[0] == __package__
+    return callable(getattr(value, "get_config", None)) and not ours
 
 
 def takes_step(function: Callable[..., Any]) -> bool:

@@ -464,7 +464,7 @@ def test_no_tracer_outlives_a_compiled_step():
     mx.eval(optimizer.apply_gradients(params, params), optimizer.state)
 
 
-def test_nothing_is_evaluated_inside_the_update():
+def test_nothing_is_evaluated_inside_the_update(cpu):
     # an update that evaluated its inputs would raise here, as any evaluation of a traced value does
     optimizer = Adagrad(0.1)
     mx.compile(lambda w, g: optimizer.apply_gradients({"w": g}, {"w": w}))(mx.ones((3,)), mx.ones((3,)))
@@ -477,7 +477,7 @@ def test_nothing_is_evaluated_inside_the_update():
     assert mx.get_peak_memory() - before < 1_000_000
 
 
-def test_large_tensors_are_updated_in_place():
+def test_large_tensors_are_updated_in_place(cpu):
     n = 16_000_000
     params, g = {"w": mx.ones((n,))}, {"w": mx.ones((n,))}
     optimizer = Adagrad(0.1, fused=False)
@@ -492,7 +492,7 @@ def test_large_tensors_are_updated_in_place():
     assert mx.get_peak_memory() - before <= 0.1 * 4 * n
 
 
-def test_threads_have_streams_of_their_own():
+def test_threads_have_streams_of_their_own(cpu):
     w, g = mx.ones((ops.PARALLEL_ELEMENTS,)), mx.ones((ops.PARALLEL_ELEMENTS,))
     mx.eval(w, g)
     optimizer, failures = Adagrad(0.1), []
