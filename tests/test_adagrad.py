@@ -1,6 +1,10 @@
 """The laws of the dense optimizer on the operations path, over the shared cases."""
 
+import ast
 import gc
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -24,6 +28,8 @@ from cases import (
     to_numpy,
 )
 from mlx_adagrad import Adagrad, Dense, RowWise, ops
+from mlx_adagrad.modifiers import Modifiers
+from mlx_adagrad.rule import Rule
 from reference import adagrad
 
 
@@ -145,8 +151,6 @@ def test_half_precision_accumulator_does_not_stall():
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
 @pytest.mark.parametrize("inside", [False, True])
 def test_zero_gradient_never_gives_nan(dtype, inside):
-    from mlx_adagrad.rule import Rule
-
     w = mx.ones((4,), dtype)
     for optimizer in (
         Adagrad(0.1, eps_inside_sqrt=inside),
@@ -154,6 +158,21 @@ def test_zero_gradient_never_gives_nan(dtype, inside):
     ):
         new, _ = run(optimizer, w, [mx.zeros((4,), dtype)] * 2)
         assert mx.array_equal(new, w)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_where_eps_and_v_are_both_zero_the_update_is_zero(inside, fused, request):
+    if fused:
+        request.getfixturevalue("kernel_device")
+    w, g = mx.ones((9,)), mx.full((9,), 1e-25)  # the square of this gradient is 0 in fp32
+    optimizer = Adagrad.from_rule(0.1, Rule(eps=0.0, eps_inside_sqrt=inside))
+    optimizer.fused = fused
+    assert mx.array_equal(optimizer.apply_gradients({"w": g * 0 + g}, {"w": w})["w"], w)
+    assert mx.array_equal(optimizer.state["w"]["v"], mx.zeros((9,)))
+    large = Adagrad.from_rule(1e30, Rule(eps=0.0, eps_inside_sqrt=inside))
+    large.fused = fused
+    assert mx.array_equal(large.apply_gradients({"w": g}, {"w": w})["w"], w)
 
 
 # --- learning rates ---------------------------------------------------------------------------------------------------
@@ -357,6 +376,14 @@ def test_absent_gradients(hole):
     assert set(later) == {"l"} and len(later["l"]) == 1 and "v" in optimizer.state["l"][0]
 
 
+def test_state_in_tuples_is_kept():
+    w = mx.ones((2,))
+    optimizer = Adagrad(0.1)
+    optimizer.state["t"] = ({"v": mx.full((2,), 3.0)}, {})  # as stock makes it for a tuple of parameters
+    optimizer.apply_gradients({"t": (w, w)}, {"t": (w, w)})
+    assert [state["v"][0].item() for state in optimizer.state["t"]] == [4.0, 1.0]
+
+
 def test_empty_updates_count_steps():
     optimizer = Adagrad(optim.exponential_decay(0.1, 0.5))
     for _ in range(3):
@@ -531,6 +558,46 @@ def test_multi_optimizer():
         optimizer.update(model, grads)
     adagrad_keys = {k for k, _ in tree_flatten(optimizer.state["states"][0])}
     assert adagrad_keys == {"step", "learning_rate", "layers.0.weight.v", "layers.2.weight.v"}
+
+
+def test_a_held_back_step_leaves_state_and_learning_rates_alone():
+    groups = [{"params": "a", "lr": optim.exponential_decay(0.3, 0.5)}]
+    optimizer = Adagrad(optim.exponential_decay(0.1, 0.5), groups=groups)
+    params = {"a": mx.ones((3,)), "b": mx.ones((3,))}
+    for _ in range(2):
+        params = optimizer.apply_gradients(params, params)
+    before = bits([params, optimizer.state])
+    for flag in (mx.array(False), False):
+        params = optimizer.apply_modified(params, params, Modifiers(apply=flag))
+        assert bits([params, optimizer.state]) == before
+    optimizer.apply_modified(params, params, Modifiers(apply=mx.array(True)))
+    assert optimizer.step.item() == 3 and abs(optimizer.learning_rate.item() - 0.025) < 1e-8
+
+
+def test_right_without_a_compiler(tmp_path):
+    code = """
+import shutil, mlx.core as mx
+from mlx_adagrad import Adagrad
+assert shutil.which("g++") is None
+params = {"w": mx.arange(5.0), "b": mx.arange(40000.0)}
+optimizer = Adagrad(0.1, weight_decay=0.03125, eps=0.0078125)
+for _ in range(3):
+    params = optimizer.apply_gradients(params, params)
+print(params["w"].tolist(), params["b"][-1].item())
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    without = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert without.returncode == 0, without.stderr
+    rows = ast.literal_eval(without.stdout.replace("] ", "], "))
+    for got, start in ((rows[0], np.arange(5.0)), ([rows[1]], np.array([39999.0]))):
+        w, v = start, np.zeros_like(start)
+        for _ in range(3):
+            g = w + 0.03125 * w
+            v = v + g * g
+            w = w - 0.1 * g / (np.sqrt(v) + 0.0078125)
+        np.testing.assert_allclose(got, w, rtol=1e-5)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
