@@ -1,0 +1,180 @@
+"""The benchmarks: what they measure is what they say, and the scripts run. No figure here depends on the clock."""
+
+import importlib
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = [(5,), (3, 4)]
+MLX_CANDIDATES = ["stock eager", "stock compiled", "ours eager", "ours compiled"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of benchmarks/, whose folder is on the path when its scripts run."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def mac(monkeypatch, benchmark):
+    """The scripts believe that MLX runs on the GPU of an M3 Max with 14 cores."""
+    for module in ("report", "steps"):
+        monkeypatch.setattr(benchmark(module), "on_gpu", lambda: True)
+    report = benchmark("report")
+    monkeypatch.setattr(report.mx, "device_info", lambda device=None: {"device_name": "Apple M3 Max"})
+    monkeypatch.setattr(report.os, "cpu_count", lambda: 14)
+    return report
+
+
+def leaves(parameters) -> list[np.ndarray]:
+    if isinstance(parameters, dict):
+        parameters = [layer["weight"] for layer in parameters["layers"]]
+    return [np.asarray(p) for p in parameters]
+
+
+def test_every_candidate_takes_the_same_step(benchmark):
+    steps = benchmark("steps")
+    found = steps.candidates(SHAPES)
+    assert list(found)[:4] == MLX_CANDIDATES
+    mx.random.seed(0)
+    expected = [np.array(mx.random.normal(shape), np.float64) for shape in SHAPES]
+    mx.random.seed(1)
+    gradients = [np.array(mx.random.normal(shape), np.float64) for shape in SHAPES]
+    sums = [np.zeros(shape) for shape in SHAPES]
+    taken = {name: candidate.setup() for name, candidate in found.items()}
+    for _ in range(3):
+        for w, g, v in zip(expected, gradients, sums, strict=True):
+            v += g * g
+            w -= steps.LEARNING_RATE * g / (np.sqrt(v) + steps.EPS)
+        for name, step in taken.items():
+            for got, w in zip(leaves(step()), expected, strict=True):
+                np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+class Clock:
+    """A clock that only steps move."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def candidate(self, seconds: float, first: float = 0.0):
+        """A candidate whose step takes ``seconds``, and ``first`` more the first four times."""
+
+        def setup():
+            pending = 4 * [first]
+
+            def step():
+                self.now += seconds + (pending.pop() if pending else 0.0)
+
+            return step
+
+        return setup
+
+
+def test_compare_times_a_step_and_nothing_else(benchmark, monkeypatch):
+    timing, clock = benchmark("timing"), Clock()
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    candidates = {"slow": clock.candidate(0.02, first=5), "fast": clock.candidate(0.01, first=5)}
+    measured = timing.compare(candidates, rounds=6)
+    assert measured.seconds == {"slow": pytest.approx([0.02] * 6), "fast": pytest.approx([0.01] * 6)}
+    assert measured.time("slow") == pytest.approx((0.02, 0.02, 0.02))
+
+
+def test_compare_stops_in_time_and_measures_every_candidate_equally_often(benchmark, monkeypatch):
+    timing, clock = benchmark("timing"), Clock()
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    measured = timing.compare({"a": clock.candidate(1.0), "b": clock.candidate(2.0)}, seconds=11.0 * timing.TRIALS)
+    # a round takes 6 s: of each candidate a step before the clock runs and one on the clock
+    assert [len(times) for times in measured.seconds.values()] == [2 * timing.TRIALS] * 2
+
+
+def test_speedup_is_the_ratio_within_a_round(benchmark):
+    timing = benchmark("timing")
+    noisy = timing.Comparison({"slow": [3.0, 10.0, 80.0], "fast": [1.0, 40.0, 20.0]}, {})
+    assert noisy.speedup("fast", "slow") == (1.625, 3.0, 3.5)  # the ratios are 3, 1/4 and 4
+    assert timing.Comparison({"a": [1.0, 2.0, 3.0, 4.0, 5.0]}, {}).time("a") == (2.0, 3.0, 4.0)
+
+
+def test_compare_measures_the_peak_above_what_was_held_before(benchmark):
+    timing = benchmark("timing")
+
+    def setup(size):
+        held = mx.zeros((1 << 18,))
+        mx.eval(held)
+        return lambda: mx.eval(mx.zeros((size,)), held)
+
+    measured = timing.compare({"small": lambda: setup(1 << 10), "large": lambda: setup(1 << 20)}, rounds=1, warmup=1)
+    assert measured.extra_bytes["large"] == pytest.approx(4 << 20, rel=0.01)
+    assert 4 << 10 <= measured.extra_bytes["small"] < 4 << 17
+
+
+def test_shapes_are_described(benchmark):
+    assert benchmark("dense").describe([(2, 3)] * 12 + [(3,)] * 24 + [(8, 5)]) == "12 of 2 x 3, 24 of 3, 8 x 5"
+
+
+def test_bytes_follow_the_path_that_a_tensor_takes(benchmark):
+    steps = benchmark("steps")
+    large = (steps.IN_PLACE_ELEMENTS,)
+    assert steps._operations_bytes([(10,), (3, 4)]) == 20
+    assert steps._operations_bytes([large]) == 28
+    assert steps._operations_bytes([large, large, (steps.IN_PLACE_ELEMENTS - 1,)]) == pytest.approx(25.33, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("chip", "cores", "expected"),
+    [
+        ("Apple M3 Max", 14, 300),
+        ("Apple M3 Max", 16, 400),
+        ("Apple M3 Max", 12, None),
+        ("Apple M2", 8, 100),
+        ("Apple M99", 8, None),
+    ],
+)
+def test_bandwidth_of_a_chip(mac, monkeypatch, chip, cores, expected):
+    monkeypatch.setattr(mac.mx, "device_info", lambda device=None: {"device_name": chip})
+    monkeypatch.setattr(mac.os, "cpu_count", lambda: cores)
+    assert mac.bandwidth() == expected
+
+
+def test_a_mac_also_measures_the_operations_and_the_share_of_its_bandwidth(mac, benchmark, tmp_path):
+    dense = benchmark("dense")
+    case = dense.measure(SHAPES, mac.options(None, ["--quick", "--out", str(tmp_path)]))
+    assert list(case["results"])[:5] == [*MLX_CANDIDATES, "ours eager, fused=False"]
+    result = case["results"]["ours eager"]
+    assert result["share of bandwidth"] == pytest.approx(result["GB/s"] / 300)
+    assert dense.case_table(case).count("%)") == len(case["results"])
+    assert mac.machine()["memory bandwidth"].startswith("300 GB/s")
+
+
+def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "dense.json").read_text())
+    assert results["machine"].keys() >= {"CPU", "MLX device", "load before the run", "OS", "mlx", "mlx_adagrad"}
+    assert len(results["cases"]) == 5 and len(results["sweep"]) == 3
+    for case in results["cases"] + results["sweep"]:
+        assert list(case["results"])[:4] == MLX_CANDIDATES and case["rounds"] == 3
+        for name, result in case["results"].items():
+            low, median, high = result["seconds"]
+            assert 0 < low <= median <= high < math.inf
+            assert (result["extra copies of the parameters"] is None) == name.startswith("torch")
+        assert case["results"]["stock eager"]["speedup over stock eager"] == [1.0, 1.0, 1.0]
+        assert f"### {case['case']} " in done.stdout or f"| {case['elements']:,} |" in done.stdout
+    png = (tmp_path / "out" / "dense.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dense.json", "dense.png"]
