@@ -2,7 +2,9 @@
 
 from .accumulators import Dense, RowWise
 from .adagrad import Adagrad
+from .embedding import SparseEmbedding, value_and_grad
+from .rows import RowSparse
 
 __version__ = "0.1.0"
 
-__all__ = ["Adagrad", "Dense", "RowWise", "__version__"]
+__all__ = ["Adagrad", "Dense", "RowSparse", "RowWise", "SparseEmbedding", "value_and_grad", "__version__"]

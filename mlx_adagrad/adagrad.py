@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
-from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
-from . import checks, kernels, rates
+from . import checks, kernels, rates, row_kernels, row_ops
 from .accumulators import Dense
 from .configurable import Configurable
 from .groups import Groups, Predicate
-from .leaves import Leaf, check_leaf, collect, optimizable, rebuild, slot
+from .leaves import Leaf, collect, dotted, optimizable, rebuild, slot
 from .modifiers import Modifiers
 from .rates import LearningRate
+from .rows import RowSparse
 from .rule import Rule
 from .step import Plan, Step
 
@@ -58,13 +58,16 @@ class Adagrad(Configurable, Optimizer):
         fused (bool, optional): ``None``: the Metal kernel when the default device is the GPU, asked at each call, else
             MLX operations; ``False``: always operations; ``True``: the kernel or a RuntimeError. Default: ``None``.
         differentiable (bool): Let gradients flow through a *fused* update too, second order included; such a step
-            cannot be exported. Without the kernel an update always is differentiable. Default: ``False``.
+            cannot be exported. Without the kernel an update always is differentiable, except for a row-sparse gradient.
+            Default: ``False``.
         groups (list of dict, optional): Parameters that differ: dicts of ``params`` (a glob on the dotted path, a
             list of globs, or a predicate on (path, array)) and any of ``lr``, ``lr_decay``, ``eps``,
             ``weight_decay``, ``maximize``. The first match wins; what matches none takes the values above. Default:
             ``None``.
         weight_decay_mask (callable, optional): ``(path, array) -> bool``, whether a parameter is decayed. Default:
             ``None``.
+        lazy (bool): A :class:`~mlx_adagrad.RowSparse` gradient changes, and decays, only the rows that it names.
+            ``False``: it means the dense gradient, whose zeros let the other rows decay too. Default: ``True``.
 
     Raises:
         ValueError: For a negative, infinite or NaN hyperparameter, and for ``eps`` 0 where ``v`` starts from 0.
@@ -91,6 +94,7 @@ class Adagrad(Configurable, Optimizer):
         differentiable: bool = False,
         groups: Iterable[dict[str, Any]] | None = None,
         weight_decay_mask: Predicate | None = None,
+        lazy: bool = True,
     ):
         if checks.real("Adagrad", "eps", eps) <= 0 and (eps < 0 or not initial_accumulator_value):
             wanted = "should be >0 unless initial_accumulator_value is"
@@ -104,7 +108,8 @@ class Adagrad(Configurable, Optimizer):
             initial_accumulator_value=initial_accumulator_value,
             maximize=maximize,
         )
-        self._setup(learning_rate, Groups(rule, groups, weight_decay_mask), accumulator, fused, differentiable)
+        parsed = Groups(rule, groups, weight_decay_mask)
+        self._setup(learning_rate, parsed, accumulator, fused, differentiable, lazy)
 
     @classmethod
     def from_rule(
@@ -116,13 +121,14 @@ class Adagrad(Configurable, Optimizer):
         groups: Iterable[dict[str, Any]] | None = None,
         weight_decay_mask: Predicate | None = None,
         ignored_group_keys: tuple[str, ...] = (),
+        lazy: bool = True,
     ) -> Adagrad:
         """An optimizer with exactly this rule, also one that the constructor would refuse (``eps`` and ``v`` both
         0).
         """
         optimizer = cls.__new__(cls)
         parsed = Groups(rule, groups, weight_decay_mask, ignored_group_keys)
-        optimizer._setup(learning_rate, parsed, accumulator, None, False)
+        optimizer._setup(learning_rate, parsed, accumulator, None, False, lazy)
         return optimizer
 
     def _setup(
@@ -132,12 +138,14 @@ class Adagrad(Configurable, Optimizer):
         accumulator: Dense | None,
         fused: bool | None,
         differentiable: bool,
+        lazy: bool,
     ) -> None:
         if accumulator is not None and not isinstance(accumulator, Dense):
             raise TypeError(f"[Adagrad] 'accumulator' must be Dense() or RowWise() but got {accumulator!r}.")
         if fused is not None:
             checks.boolean("Adagrad", "fused", fused)
         checks.boolean("Adagrad", "differentiable", differentiable)
+        checks.boolean("Adagrad", "lazy", lazy)
         rate = rates.parse("Adagrad", "learning_rate", learning_rate)
         super().__init__()
         self.rule = groups.default
@@ -145,6 +153,7 @@ class Adagrad(Configurable, Optimizer):
         self.accumulator = accumulator or Dense()
         self.fused = fused
         self.differentiable = differentiable
+        self.lazy = lazy
         self._set_rate(rate)
         groups.states(self.state)
 
@@ -184,23 +193,12 @@ class Adagrad(Configurable, Optimizer):
         rate = self.groups.groups[index].lr
         entry["learning_rate"] = rate(self.step) if callable(rate) else rate
 
-    @property
-    def iterations(self) -> mx.array:
-        """The number of updates made, as Keras names it."""
-        return self.step
-
-    def finalize_variable_values(self, model_or_tree: Any) -> Any:
-        """The values to evaluate and save: without an average of them around this optimizer, the parameters as they
-        are.
-        """
-        return model_or_tree.parameters() if isinstance(model_or_tree, Module) else model_or_tree
-
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, so that it can be captured, saved or loaded into.
 
         Integer and bool leaves are skipped, as are leaves that have state already.
         """
-        for leaf in collect(optimizable(parameters), parameters, self.state, self._check):
+        for leaf in collect(optimizable(parameters), parameters, self.state, self.accumulator):
             self._state_of(leaf, parameters)
         self._initialized = True
 
@@ -223,15 +221,18 @@ class Adagrad(Configurable, Optimizer):
             TypeError: For a gradient or parameter that is no array. Nothing has changed then.
             RuntimeError: With ``fused=True`` where no kernel can run. Nothing has changed then.
         """
+        if self._is_idle(gradients):
+            return {}
         return self.apply_modified(gradients, parameters, Modifiers())
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         """:meth:`apply_gradients` with what wrappers derived for this step: it enters the update as scalars."""
         fused = self._use_kernel()
         self.groups.check_matches(parameters)
-        leaves = collect(gradients, parameters, self.state, self._check)
+        check = self._check_fused if self.fused else None
+        leaves = collect(gradients, parameters, self.state, self.accumulator, check)
         if modifiers.apply is False:
-            return rebuild(gradients, parameters, (leaf.parameter for leaf in leaves))
+            return rebuild(gradients, parameters, (w for _, w, _, _ in leaves))
         states = [self._state_of(leaf, gradients) for leaf in leaves]
         self._initialized = True
         step = self._advance(modifiers)
@@ -241,21 +242,24 @@ class Adagrad(Configurable, Optimizer):
         """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
         before = mx.maximum(self.step, 1) - 1
         step = Step(self.accumulator, self._group_rate, before, Modifiers())
-        return self._update(Leaf(gradient, parameter, state, ()), state, step, self._use_kernel())
+        return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
     def _update_all(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
         updated: list[Any] = [None] * len(leaves)
         small: dict[Any, list[int]] = {}
-        for i, (leaf, state) in enumerate(zip(leaves, states, strict=True)):
-            w = leaf.parameter
-            plan = step.shared.get(w.dtype)
-            if plan is None or fused or not plan.functions.batches(w):
-                updated[i] = self._update(leaf, state, step, fused)
+        for i, (g, w, _, _) in enumerate(leaves):
+            batch = small.get((w.dtype, w.shape))
+            if batch is None and not fused:
+                plan = step.shared.get(w.dtype)
+                if plan is not None and plan.functions.batches(w):
+                    batch = small[w.dtype, w.shape] = []
+            if batch is None or type(g) is RowSparse:
+                updated[i] = self._update(leaves[i], states[i], step, fused)
             else:
-                small.setdefault((w.dtype, w.shape), []).append(i)
+                batch.append(i)
         for (dtype, _), indices in small.items():
             plan = step.shared[dtype]
-            tensors = [(leaves[i].parameter, leaves[i].gradient, states[i]["v"]) for i in indices]
+            tensors = [(leaves[i][1], leaves[i][0], states[i]["v"]) for i in indices]
             for i, (w, v) in zip(indices, plan.functions.update_many(tensors, plan.scalars), strict=True):
                 updated[i], states[i]["v"] = w, v
         return updated
@@ -263,7 +267,13 @@ class Adagrad(Configurable, Optimizer):
     def _update(self, leaf: Leaf, state: dict, step: Step, fused: bool) -> mx.array:
         g, w, _, _ = leaf
         plan = step.shared.get(w.dtype) or self._plan(leaf, state, step)
-        if not (fused and kernels.supports(self.accumulator, w, g)):
+        fused = fused and self._has_kernel(leaf)
+        if isinstance(g, RowSparse) and not self.lazy:
+            g = g.to_dense()
+        if isinstance(g, RowSparse):
+            row = step.row(plan.scalars) if fused else None
+            w, state["v"] = row_ops.update(plan, self.accumulator, w, g, state["v"], row, self.differentiable)
+        elif not fused:
             w, state["v"] = plan.functions.update(w, g, state["v"], plan.scalars, step.dealer)
         elif self.differentiable:
             w, state["v"] = kernels.differentiable_launch(plan, w, g, state["v"])
@@ -274,11 +284,13 @@ class Adagrad(Configurable, Optimizer):
         return w
 
     def _plan(self, leaf: Leaf, state: dict, step: Step) -> Plan:
-        group, rule = self.groups.resolve(leaf.path, leaf.parameter) if self.groups else (None, self.rule)
+        _, w, _, keys = leaf
+        path = dotted(keys) if self.groups or step.by_path else ""
+        group, rule = self.groups.resolve(path, w) if self.groups else (None, self.rule)
         own_step = state["step"] if rule.step_per_parameter and rule.lr_decay else None
-        plan = step.plan(rule, group, leaf.parameter, leaf.path if step.by_path else "", own_step)
+        plan = step.plan(rule, group, w, path if step.by_path else "", own_step)
         if not (self.groups or step.by_path or rule.step_per_parameter):
-            step.shared[leaf.parameter.dtype] = plan
+            step.shared[w.dtype] = plan
         return plan
 
     def _advance(self, modifiers: Modifiers) -> Step:
@@ -303,17 +315,25 @@ class Adagrad(Configurable, Optimizer):
             kernels.require()
         return kernels.available() if self.fused is None else self.fused
 
+    def _has_kernel(self, leaf: Leaf) -> bool:
+        g, w, _, _ = leaf
+        if isinstance(g, RowSparse) and self.lazy:
+            return not self.differentiable and row_kernels.supports(self.accumulator, w, g.values)
+        return kernels.supports(self.accumulator, w, g)  # of a RowSparse it asks for no more than the dtype
+
     def _state_of(self, leaf: Leaf, gradients: dict) -> dict:
-        state = leaf.state if leaf.state else slot(self.state, gradients, leaf.keys)
+        _, w, state, keys = leaf
+        state = state or slot(self.state, gradients, keys)
         if "v" not in state:
-            self.init_single(leaf.parameter, state)
+            self.init_single(w, state)
         return state
 
-    def _check(self, leaf: Leaf) -> None:
-        check_leaf(leaf, self.accumulator)
-        if self.fused and not kernels.supports(self.accumulator, leaf.parameter, leaf.gradient):
-            kinds = f"{leaf.parameter.dtype} parameters with {leaf.gradient.dtype} gradients"
-            raise RuntimeError(
-                f"[Adagrad] 'fused=True' but no kernel takes '{leaf.path}': {kinds} in {self.accumulator}. "
-                "Use fused=None to fall back by itself."
-            )
+    def _check_fused(self, leaf: Leaf) -> None:
+        if self._has_kernel(leaf):
+            return
+        g, w, _, keys = leaf
+        sparse = " row-sparse" if isinstance(g, RowSparse) else ""
+        raise RuntimeError(
+            f"[Adagrad] 'fused=True' but no kernel takes '{dotted(keys)}': {w.dtype} parameters with "
+            f"{g.dtype}{sparse} gradients in {self.accumulator}. Use fused=None to fall back by itself."
+        )

@@ -1,14 +1,21 @@
-"""What optimizers of ``presets`` have in common: they know the call that made them."""
+"""What every optimizer of this package has besides the interface of ``mlx.optimizers``, wrapped or not."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import mlx.core as mx
+from mlx.nn import Module
 
 
 class Configurable:
-    """Mixin for optimizers that :mod:`mlx_adagrad.presets` returns, ready-made or around others."""
+    """Mixin: the call of :mod:`mlx_adagrad.presets` that made an optimizer, and what whole-run features offer, as it is
+    without them.
+    """
 
     _recipe: Any = None
+    step: Any
 
     def get_config(self) -> dict[str, Any]:
         """The preset and its arguments as they stand now, for JSON and :func:`mlx_adagrad.presets.from_config`.
@@ -22,3 +29,24 @@ class Configurable:
             name = type(self).__name__
             raise TypeError(f"[{name}] only an optimizer that mlx_adagrad.presets returned has a config.")
         return self._recipe.config(self)
+
+    @property
+    def iterations(self) -> mx.array:
+        """The number of updates made, as Keras names it; calls that only accumulate gradients make none."""
+        return self.step
+
+    def scale_loss(self, loss: mx.array) -> mx.array:
+        """The loss to differentiate: without a loss scale, ``loss`` itself."""
+        return loss
+
+    def finalize_variable_values(self, model_or_tree: Any) -> Any:
+        """The parameters to evaluate and save: without an average of them, those of the model or tree as they are."""
+        return model_or_tree.parameters() if isinstance(model_or_tree, Module) else model_or_tree
+
+    def averaged(self, model: Module) -> AbstractContextManager[Module]:
+        """A context in which ``model`` holds the averages of its parameters: without an average it stays as it is."""
+        return nullcontext(model)
+
+    def _is_idle(self, gradients: Any) -> bool:
+        """Whether a call with these gradients does not count, where the preset's framework has such a rule."""
+        return self._recipe is not None and self._recipe.is_idle(gradients)

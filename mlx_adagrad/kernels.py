@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .accumulators import Dense
+from .accumulators import Dense, RowWise
 from .rule import Form, Scalars
 from .step import Plan
 
@@ -50,9 +50,9 @@ def require() -> None:
     raise RuntimeError(f"[Adagrad] 'fused=True' needs a Metal GPU: {reason}. Use fused=None to fall back by itself.")
 
 
-def supports(accumulator: Dense, w: mx.array, g: mx.array) -> bool:
+def supports(accumulator: Dense, w: mx.array, g: Any) -> bool:
     """Whether there is a kernel for these arrays; the operations of ``ops`` take everything else."""
-    return type(accumulator) is Dense and w.dtype in PARAMETER_DTYPES and g.dtype in GRADIENT_DTYPES
+    return type(accumulator) in (Dense, RowWise) and w.dtype in PARAMETER_DTYPES and g.dtype in GRADIENT_DTYPES
 
 
 def launch(
@@ -64,12 +64,14 @@ def launch(
         form: The branches of the formula, compiled into the kernel.
         w: Parameter, fp32, fp16 or bf16, of any shape.
         g: Gradient of the same shape.
-        v: Accumulator of the same shape.
+        v: Accumulator of the same shape, or of one number a row.
         row: The numbers of the step, ``Scalars.row()``.
         v_dtype: What the new accumulator is stored in. Default: fp32.
     """
     if w.size == 0:
         return w, v.astype(v_dtype)
+    if v.ndim < w.ndim:
+        return _launch_row_wise(form, w, g, v, row, v_dtype)
     shape = w.shape or (1,)
     per_thread = 1 if w.size < ONE_PER_THREAD_BELOW else BYTES_PER_THREAD // w.dtype.size
     template: list[tuple[str, Any]] = [("W", w.dtype), ("V", v_dtype), ("N", per_thread)]
@@ -82,6 +84,26 @@ def launch(
         threadgroup=THREADGROUP,
     )
     return new_w.reshape(w.shape), new_v.reshape(w.shape)
+
+
+def _launch_row_wise(
+    form: Form, w: mx.array, g: mx.array, v: mx.array, row: mx.array, v_dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    shape = (len(w), w.size // len(w))
+    names = ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator")
+    new_w, new_v = _kernel("rowwise", *names)(
+        inputs=[w.reshape(shape), g.reshape(shape), v, row],
+        template=[("W", w.dtype), ("V", v_dtype), *((name.upper(), value) for name, value in form._asdict().items())],
+        output_shapes=[shape, v.shape],
+        output_dtypes=[w.dtype, v_dtype],
+        **simdgroup_per_row(len(w)),
+    )
+    return new_w.reshape(w.shape), new_v
+
+
+def simdgroup_per_row(rows: int) -> dict[str, tuple[int, int, int]]:
+    """A grid of 32 lanes along x and a row along y, so that a row is summed up inside one simdgroup."""
+    return {"grid": (32, rows, 1), "threadgroup": (32, THREADGROUP[0] // 32, 1)}
 
 
 def grid(threads: int) -> tuple[int, int, int]:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NoReturn, TypeAlias
 
 import mlx.core as mx
 
 from .accumulators import COMPUTE_DTYPE, Dense
+from .rows import RowSparse
 
 # Root keys of an optimizer's state; a parameter of that name at the root of a model would overwrite them.
 RESERVED = ("step", "learning_rate", "_mlx_adagrad")
 
+_CONTAINERS = (dict, list, tuple)
+_USUAL = frozenset(COMPUTE_DTYPE) - {mx.complex64}
 
-class Leaf(NamedTuple):
-    """One gradient with its parameter, the parameter's own state (None before its first step) and the keys to it."""
 
-    gradient: Any
-    parameter: mx.array
-    state: dict[str, Any] | None
-    keys: tuple[Any, ...]
-
-    @property
-    def path(self) -> str:
-        """The dotted path, as ``mlx.utils.tree_flatten`` writes it."""
-        return dotted(self.keys)
+# (gradient, parameter, the parameter's own state or None before its first step, the keys to it); a plain tuple, since a
+# step with many small tensors spends its time here
+Leaf: TypeAlias = tuple[Any, mx.array, Any, tuple[Any, ...]]
 
 
 def dotted(keys: tuple[Any, ...]) -> str:
@@ -32,43 +27,61 @@ def dotted(keys: tuple[Any, ...]) -> str:
     return ".".join(map(str, keys))
 
 
-def collect(gradients: Any, parameters: Any, state: Any, check: Callable[[Leaf], None]) -> list[Leaf]:
-    """Every leaf that has a gradient, in tree order, each passed to ``check``.
+def collect(
+    gradients: Any, parameters: Any, state: Any, accumulator: Dense, check: Callable[[Leaf], None] | None = None
+) -> list[Leaf]:
+    """Every leaf that has a gradient, in tree order, each checked by :func:`check_leaf`, and by ``check``.
 
     A missing key, an empty ``{}`` and a None are absent gradients. ``parameters`` may be a superset of ``gradients``.
 
     Raises:
-        ValueError: For a gradient without a parameter, or a root parameter whose name the state needs.
+        ValueError: For a gradient without a parameter, or a root parameter whose name the state needs, or as
+            :func:`check_leaf` does.
         TypeError: For a leaf that is no array.
     """
     leaves: list[Leaf] = []
-    _collect(gradients, parameters, state, (), check, leaves)
+    _collect(gradients, parameters, state, (), accumulator, leaves)
+    if check is not None:
+        for leaf in leaves:
+            check(leaf)
     return leaves
 
 
-def _collect(gradients: Any, parameters: Any, state: Any, keys: tuple, check: Callable, leaves: list[Leaf]) -> None:
-    # the hot loop of a step with many small tensors: plain locals, one tuple a leaf
-    for key, gradient in children(gradients):
-        here = (*keys, key)
-        if type(gradient) is not mx.array and is_absent(gradient):
+def _collect(g_tree: Any, w_tree: Any, state: Any, keys: tuple, accumulator: Dense, leaves: list[Leaf]) -> None:
+    # the hot loop of a step with many small tensors: done once a level where possible, and no call for a usual leaf
+    w_at, state_at, array, plain = _getter(w_tree), _getter(state), mx.array, type(accumulator) is Dense
+    for key, g in children(g_tree):
+        kind = type(g)
+        if kind is not array and is_absent(g):
             continue
-        parameter = _child(parameters, key)
-        if parameter is None:
-            raise ValueError(f"[Adagrad] there is a gradient for '{dotted(here)}' but no parameter.")
-        if not keys and key in RESERVED:
-            raise ValueError(f"[Adagrad] a parameter at the root may not be named '{key}': the state uses that key.")
-        own_state = _child(state, key)
-        if isinstance(gradient, dict | list | tuple):
-            _collect(gradient, parameter, own_state, here, check, leaves)
-        else:
-            leaf = Leaf(gradient, parameter, own_state, here)
-            check(leaf)
-            leaves.append(leaf)
+        w: Any = w_at(key)
+        own: Any = state_at(key)
+        if w is None or (not keys and key in RESERVED):
+            _refuse((*keys, key), w)
+        if kind is not array and isinstance(g, _CONTAINERS):
+            _collect(g, w, own, (*keys, key), accumulator, leaves)
+            continue
+        leaf = (g, w, own, (*keys, key))
+        usual = plain and own and kind is type(w) and w.dtype in _USUAL and g.dtype in _USUAL
+        if not (usual and type(own) is dict and "v" in own and w.shape == g.shape == own["v"].shape):
+            check_leaf(accumulator, leaf)
+        leaves.append(leaf)
+
+
+def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
+    if parameter is None:
+        raise ValueError(f"[Adagrad] there is a gradient for '{dotted(keys)}' but no parameter.")
+    raise ValueError(f"[Adagrad] a parameter at the root may not be named '{keys[0]}': the state uses that key.")
+
+
+def _getter(tree: Any) -> Callable[[Any], Any]:
+    """What :func:`_child` does, with the kind of ``tree`` asked once."""
+    return tree.get if isinstance(tree, dict) else lambda key: _child(tree, key)
 
 
 def is_absent(gradient: Any) -> bool:
     """Whether this place of a gradient tree holds no gradient (and never asks an array for its value)."""
-    return gradient is None or (isinstance(gradient, dict | list | tuple) and not gradient)
+    return gradient is None or (isinstance(gradient, _CONTAINERS) and not gradient)
 
 
 def children(tree: Any) -> Iterator[tuple[Any, Any]] | Any:
@@ -109,42 +122,47 @@ def rebuild(gradients: Any, parameters: Any, updated: Iterator[mx.array]) -> Any
     is.
     """
     if isinstance(gradients, dict):
-        new = {k: _rebuilt(g, _child(parameters, k), updated) for k, g in gradients.items()}
-        return {k: w for k, w in new.items() if w is not None}
+        array = mx.array
+        new = {
+            key: next(updated) if type(g) is array else _rebuilt(g, _child(parameters, key), updated)
+            for key, g in gradients.items()
+        }
+        return {key: w for key, w in new.items() if w is not None}
     return type(gradients)(_rebuilt(g, _child(parameters, i), updated) for i, g in enumerate(gradients))
 
 
 def _rebuilt(gradient: Any, parameter: Any, updated: Iterator[mx.array]) -> Any:
     if is_absent(gradient):
         return parameter if isinstance(parameter, mx.array) or gradient is None else gradient
-    if isinstance(gradient, dict | list | tuple):
+    if isinstance(gradient, _CONTAINERS):
         return rebuild(gradient, parameter, updated)
     return next(updated)
 
 
-def check_leaf(leaf: Leaf, accumulator: Dense) -> None:
+def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
     """Raise TypeError or ValueError, naming the path, for a leaf that cannot be updated; reads no value."""
-    g, w, state, _ = leaf
-    if type(g) is type(w) is mx.array and g.shape == w.shape and g.dtype != mx.complex64 and w.dtype in COMPUTE_DTYPE:
-        if not state or (type(state) is dict and "v" in state and state["v"].shape == accumulator.shape(w)):
-            return  # what nearly every leaf is
-    if not isinstance(g, mx.array) or not isinstance(w, mx.array):
-        what, got = ("gradient", g) if not isinstance(g, mx.array) else ("parameter", w)
-        raise TypeError(f"[Adagrad] the {what} of '{leaf.path}' must be an array but got {type(got).__name__}.")
+    g, w, state, keys = leaf
+    path = dotted(keys)
+    is_gradient = isinstance(g, mx.array | RowSparse)
+    if not is_gradient or not isinstance(w, mx.array):
+        what, got = ("parameter", w) if is_gradient else ("gradient", g)
+        raise TypeError(f"[Adagrad] the {what} of '{path}' must be an array but got {type(got).__name__}.")
     if w.dtype not in COMPUTE_DTYPE:
-        raise ValueError(f"[Adagrad] '{leaf.path}' is {w.dtype}: only floating and complex parameters can be updated.")
+        raise ValueError(f"[Adagrad] '{path}' is {w.dtype}: only floating and complex parameters can be updated.")
     if g.shape != w.shape:
-        raise ValueError(f"[Adagrad] the gradient of '{leaf.path}' has shape {g.shape} but the parameter {w.shape}.")
+        raise ValueError(f"[Adagrad] the gradient of '{path}' has shape {g.shape} but the parameter {w.shape}.")
     if g.dtype == mx.complex64 and w.dtype != mx.complex64:
-        raise ValueError(f"[Adagrad] the gradient of '{leaf.path}' is complex64 but the parameter {w.dtype}.")
+        raise ValueError(f"[Adagrad] the gradient of '{path}' is complex64 but the parameter {w.dtype}.")
+    if isinstance(g, RowSparse) and w.dtype == mx.complex64:
+        raise ValueError(f"[Adagrad] the gradient of '{path}' is row-sparse but the parameter complex64.")
     if not state:
         return
     if not isinstance(state, dict):
-        raise ValueError(f"[Adagrad] the state of '{leaf.path}' must be a dict but got {type(state).__name__}.")
+        raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")
     v = state.get("v")
     if v is not None and v.shape != accumulator.shape(w):
         wanted = accumulator.shape(w)
-        raise ValueError(f"[Adagrad] the state 'v' of '{leaf.path}' has shape {v.shape} but must have {wanted}.")
+        raise ValueError(f"[Adagrad] the state 'v' of '{path}' has shape {v.shape} but must have {wanted}.")
 
 
 def optimizable(tree: Any) -> Any:

@@ -1,0 +1,196 @@
+"""Embeddings whose gradient is row-sparse, and the ``value_and_grad`` that yields it from one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from .look_ups import Table, by_module, rows_of, table_of, watching
+from .rows import RowSparse, evaluate
+
+
+class SparseEmbedding(nn.Embedding):
+    """An ``mlx.nn.Embedding`` whose gradient, taken with :func:`value_and_grad`, is a :class:`RowSparse`.
+
+    Parameters, files and results are those of ``nn.Embedding``, and with ``nn.value_and_grad`` so is the gradient. An
+    index outside ``[0, num_embeddings)``, a negative one too, names no row: its embedding is 0 and has no gradient.
+
+    Args:
+        num_embeddings (int): Rows of the table.
+        dims (int): Columns of the table.
+    """
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding) -> SparseEmbedding:
+        """Turn an ``nn.Embedding`` into a ``SparseEmbedding`` where it stands in its model, and return it.
+
+        Raises:
+            TypeError: For any other class, quantised embeddings and subclasses included.
+        """
+        if type(embedding) not in (nn.Embedding, cls):
+            raise TypeError(f"[SparseEmbedding] only an nn.Embedding can be converted, not {type(embedding).__name__}.")
+        embedding.__class__ = cls
+        return embedding  # type: ignore[return-value]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """The rows of the indices ``x``, an integer array of any shape."""
+        x = mx.stop_gradient(mx.array(x))  # mx.checkpoint asks for a gradient of indices too
+        table = table_of(self)
+        return rows_of(self["weight"], x) if table is None else table.look_up(self["weight"], x)
+
+    def __setattr__(self, key: str, val: Any) -> None:
+        table = table_of(self) if key == "weight" else None
+        if table is not None:
+            table.replaced = True
+        super().__setattr__(key, val)
+
+
+def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) -> Callable:
+    """``mlx.nn.value_and_grad`` with a :class:`RowSparse` for the table of each :class:`SparseEmbedding` in ``model``.
+
+    The forward pass runs once. All else is as there: auxiliary outputs, keyword arguments, frozen parameters, dense
+    gradients. The gradient of a table that ``fn`` uses in another way than by look-up (``as_linear``, a penalty on its
+    weights) is the dense total; that of a table that the loss does not depend on has no rows.
+
+    With a table among the gradients, loss and gradients come evaluated, so that the optimizer can change the table in
+    place, unless something is tracing (``mx.compile``, ``mx.export_function``). What was evaluated has no derivative:
+    inside ``mx.grad`` take ``exportable=True``, which never evaluates.
+
+    Args:
+        model: The model whose trainable parameters to differentiate for. Do not differentiate for them, or call
+            ``update`` on it, inside ``fn``.
+        fn: The scalar function, or one that returns a tuple whose first entry is the scalar.
+        exportable: Use no ``mx.custom_function``, which ``mx.export_function`` cannot write, and evaluate nothing.
+            Calls ``fn`` twice and throws the first away; knows no ``mx.checkpoint``. Default: ``False``.
+
+    Returns:
+        A callable with the arguments of ``fn`` that returns its value and the gradients.
+    """
+
+    @wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        parameters = model.trainable_parameters()
+        tables = _find_tables(model, parameters)
+        if not tables:
+            return nn.value_and_grad(model, fn)(*args, **kwargs)
+        before = _flat(parameters)
+        with watching(tables) as outermost:
+            try:
+                if exportable:
+                    return _run_exportable(model, fn, parameters, tables, args, kwargs)
+                value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
+                return value, _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
+            except BaseException:
+                model.update(tree_unflatten(before))  # there are tracers in it, and in the tree of parameters
+                raise
+
+    return wrapped
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    flat: Any = tree_flatten(tree)
+    return flat
+
+
+def _find_tables(model: nn.Module, parameters: dict) -> dict[str, Table]:
+    """The tables of ``model`` among its trainable parameters, by path, in the order of the tree."""
+    modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+    found = ((path, modules.get(path)) for path, _ in _flat(parameters))
+    return {path: Table(module) for path, module in found if isinstance(module, SparseEmbedding)}
+
+
+def _differentiate(
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
+) -> Any:
+    """``nn.value_and_grad`` while the tables are watched; the model gets its parameters back."""
+    placed: dict[str, mx.array] = {}
+
+    def watched_fn(parameters: dict, *args: Any, **kwargs: Any) -> Any:
+        model.update(parameters)
+        placed.update(_flat(parameters))
+        for table in by_module(tables).values():
+            table.watch()
+        return fn(*args, **kwargs)
+
+    value, totals = mx.value_and_grad(watched_fn)(parameters, *args, **kwargs)
+    _put_back(model, placed, parameters)
+    return value, totals
+
+
+def _put_back(model: nn.Module, placed: dict[str, mx.array], parameters: dict) -> None:
+    """Put the parameters in the place of what stood for them; what fn has changed stays."""
+    now = dict(_flat(model.parameters()))
+    kept = [(path, w) for path, w in _flat(parameters) if now.get(path) is placed[path]]
+    if kept:
+        model.update(tree_unflatten(kept))
+
+
+def _run_exportable(
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
+) -> Any:
+    """Differentiate for a block of zeros that is added to each look-up; a first run tells their shapes."""
+    sparse = _rehearse(model, fn, parameters, tables, args, kwargs)
+    blocks = {path: [mx.zeros((*shape, table.weight.shape[1]), table.weight.dtype) for shape in table.shapes]
+              for path, table in sparse.items()}
+
+    placed: dict[str, mx.array] = {}
+
+    def blocked_fn(variables: dict, *args: Any, **kwargs: Any) -> Any:
+        model.update(variables["parameters"])
+        placed.update(_flat(variables["parameters"]))
+        for path, table in sparse.items():
+            table.blocks = iter(variables["blocks"][path])
+        return fn(*args, **kwargs)
+
+    variables = {"parameters": parameters, "blocks": blocks}
+    value, totals = mx.value_and_grad(blocked_fn)(variables, *args, **kwargs)
+    for path, table in sparse.items():
+        table.found = [(x, g) for (x, _), g in zip(table.found, totals["blocks"][path], strict=True)]
+        table.reached = False  # by anything but the look-ups
+    _put_back(model, placed, parameters)
+    return value, _gradients(totals["parameters"], tables)
+
+
+def _rehearse(
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
+) -> dict[str, Table]:
+    """Run once, evaluate nothing, undo what changed, and return the tables with a sparse gradient."""
+    random_state: Any = mx.random.state
+    before, key = model.parameters(), random_state[0]
+    _, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
+    dense = {path for path, g in _flat(totals) if path in tables and tables[path].is_dense(g)}
+    for path, table in tables.items():
+        table.close()
+        table.closed, table.replaced = False, path in dense
+    model.update(before)
+    try:
+        high, low = key.tolist()
+        mx.random.seed(high << 32 | low)
+    except ValueError:
+        pass  # the random state is being traced: the trace goes on from where the rehearsal ended
+    return {path: table for path, table in tables.items() if path not in dense}
+
+
+def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
+    """:func:`_gradients`, evaluated in two stages: those of the look-ups are free again once they are summed up."""
+    others = [g for path, g in _flat(totals) if path not in tables or tables[path].is_dense(g)]
+    evaluate([value, others, [table.found for table in tables.values()]])
+    gradients = _gradients(totals, tables, differentiable=False)
+    found = (g for path, g in _flat(gradients) if path in tables)
+    evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found])
+    return gradients
+
+
+def _gradients(totals: dict, tables: dict[str, Table], differentiable: bool = True) -> dict:
+    """``totals`` with the gradients of the tables in their places."""
+
+    def gradient(path: str, total: mx.array) -> Any:
+        return tables[path].gradient(total, differentiable) if path in tables else total
+
+    gradients: Any = tree_map_with_path(gradient, totals)
+    return gradients

@@ -1,0 +1,136 @@
+"""The update of the rows of a table that a gradient names, in MLX operations or with the kernels of ``row_kernels``."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from . import row_kernels, rule
+from .accumulators import COMPUTE_DTYPE, Dense, RowWise
+from .rows import RowSparse, add_rows, evaluate
+from .rule import Form, Scalars
+from .step import Plan
+
+HALF = (mx.float16, mx.bfloat16)
+
+
+def update(
+    plan: Plan,
+    accumulator: Dense,
+    w: mx.array,
+    gradient: RowSparse,
+    v: mx.array,
+    row: mx.array | None = None,
+    differentiable: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """The new ``(w, v)`` of a table; rows that the gradient does not name stay as they are, bit for bit.
+
+    MLX writes to rows in place in an array that nothing else reads. So fp32 tables are added to and not read before:
+    ``v`` grows first and is gathered then. Where rows must be read first, for weight decay and for the one rounding of
+    half precision, they are gathered *and evaluated*, unless something is tracing; then the table is copied.
+
+    Args:
+        plan: Form, numbers and dtypes of this step.
+        accumulator: How ``v`` is stored.
+        w: The table.
+        gradient: Its gradient.
+        v: Its accumulator.
+        row: The numbers of the step as the Metal kernels take them; None: without kernels.
+        differentiable: Use only what MLX can differentiate.
+    """
+    v = v.astype(plan.v_dtype)
+    gradient = gradient.coalesced_by(row is not None, differentiable)
+    if gradient.values.size == 0:
+        return w, v
+    form, s = plan.form, plan.scalars
+    if row is None:
+        functions: Any = _functions(form, accumulator, w.dtype, plan.v_dtype)
+    else:
+        functions = row_kernels.Functions(form, accumulator, w.dtype, plan.v_dtype, row)
+    targets = gradient.targets()
+    live = (gradient.indices < gradient.num_rows).reshape(-1, *(1,) * (w.ndim - 1))
+    g = gradient.values.astype(COMPUTE_DTYPE[w.dtype])
+    w_rows = v_rows = mx.zeros((), g.dtype)
+    if form.coupled or form.decoupled or w.dtype in HALF:
+        w_rows = w[targets]
+        evaluate(w_rows)
+    if form.update_accumulator and v.dtype in HALF:
+        v_rows = v[targets]
+        evaluate(v_rows)
+    if form.update_accumulator:
+        rows = functions.grown(v_rows, w_rows, g, live, s)
+        v = _assign(v, targets, live, rows, v_rows) if v.dtype in HALF else add_rows(v, targets, rows, differentiable)
+    rows = functions.moved(v, targets, w_rows, g, live, s)
+    w = _assign(w, targets, live, rows, w_rows) if w.dtype in HALF else add_rows(w, targets, rows, differentiable)
+    return w, v
+
+
+def _assign(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, before: mx.array) -> mx.array:
+    """``table`` with ``rows`` in the place of ``before``.
+
+    One row must not be written in two ways: what is not live repeats the first row, and if that is not live either
+    nothing changes.
+    """
+    live = live.reshape(-1, *(1,) * (rows.ndim - 1))
+    new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
+    first = mx.where(live.reshape(-1), targets, targets[:1])
+    new[first] = mx.where(live[:1], mx.where(live, rows, rows[:1]), before)
+    return new
+
+
+class _Functions:
+    """What is written to rows of ``v`` and of ``w``, in MLX operations compiled for any number of rows.
+
+    For a table in half precision these are its new rows. For others they are what is added; what is not ``live`` gets
+    -0.0 then, since x + -0.0 is x for every x. ``w_rows`` and ``v_rows`` are 0-d zeros where nobody needs them: without
+    decay the formula is linear in ``w``.
+    """
+
+    def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype):
+        self.accumulator = accumulator
+
+        def grown(
+            v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars, idle: mx.array
+        ) -> mx.array:
+            w_rows, v_rows = w_rows.astype(g.dtype), accumulator.read(v_rows, g)
+            rows = rule.accumulate(form, w_rows, g, v_rows, s, accumulator.pool)
+            return mx.where(_acting(live, s), rows, v_rows if v_dtype in HALF else idle).astype(v_dtype)
+
+        def moved(
+            v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars, idle: mx.array
+        ) -> mx.array:
+            w_rows = w_rows.astype(g.dtype)
+            rows = rule.descend(form, w_rows, g, v_rows, s)
+            if w_dtype in HALF:
+                return mx.where(_acting(live, s), rows, w_rows).astype(w_dtype)
+            return mx.where(_acting(live, s), rows - w_rows, idle).astype(w_dtype)
+
+        # MLX 0.32.4 crashes on a shapeless reduction over an axis of length 1
+        self._grown: Any = grown if isinstance(accumulator, RowWise) else mx.compile(grown, shapeless=True)
+        self._moved: Any = mx.compile(moved, shapeless=True)
+
+    def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars) -> mx.array:
+        """What is written to ``v``."""
+        rows = self._grown(v_rows, w_rows, g, live, s, _idle(g))
+        return self.accumulator.write(rows, rows.dtype)
+
+    def moved(
+        self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
+    ) -> mx.array:
+        """What is written to ``w``, given the table ``v`` that has grown already."""
+        return self._moved(self.accumulator.read(v[targets], g), w_rows, g, live, s, _idle(g))
+
+
+def _acting(live: mx.array, s: Scalars) -> mx.array:
+    return live if s.apply is None else mx.logical_and(live, s.apply)
+
+
+def _idle(g: mx.array) -> mx.array:
+    return mx.array(-0.0, g.dtype)  # an argument: compiled code loses the sign of a constant
+
+
+@cache
+def _functions(form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype) -> _Functions:
+    return _Functions(form, accumulator, w_dtype, v_dtype)

@@ -1,0 +1,188 @@
+"""What all wrappers are: optimizers around an optimizer, with one state dict that holds the inner one's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn import Module
+from mlx.optimizers import MultiOptimizer, Optimizer
+
+from ..configurable import Configurable
+from ..modifiers import Modifiers
+from ..rates import LearningRate
+from . import foreign
+from .trees import fill
+
+OWN = "_mlx_adagrad"
+
+
+class Wrapper(Configurable, Optimizer):
+    """An optimizer that passes everything on to the one inside it. Subclasses override :meth:`apply_modified`.
+
+    Args:
+        optimizer: The optimizer inside: any ``mlx.optimizers.Optimizer``, also another wrapper.
+
+    Raises:
+        TypeError: If ``optimizer`` is no optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"[{self._name}] 'optimizer' must be an mlx.optimizers.Optimizer but got {optimizer!r}.")
+        super().__init__()
+        self.optimizer = optimizer
+        self._state = {"inner": optimizer.state, OWN: self._fresh()}
+
+    def _fresh(self) -> dict[str, Any]:
+        """The wrapper's own entries of the state before the first step."""
+        return {}
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return self._state[OWN]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """``{"inner": the inner optimizer's state, "_mlx_adagrad": the wrapper's own}``: always the same dict.
+
+        Assigning a tree of that form fills this dict and the inner one in place; entries that it lacks start afresh.
+        """
+        inner = self.optimizer.state
+        if self._state["inner"] is not inner:
+            self._state["inner"] = inner
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or not isinstance(state.get("inner"), dict):
+            raise ValueError(f"[{self._name}] 'state' must be a dict with 'inner', the inner optimizer's state.")
+        own = state.get(OWN) or {}
+        unknown = [key for key in own if key not in self._fresh()]
+        if unknown:
+            raise ValueError(f"[{self._name}] the state has {unknown[0]!r}, which belongs to another wrapper.")
+        _assign(self.optimizer, state["inner"])
+        fill(self._own, {**self._fresh(), **own})
+        self._state["inner"] = self.optimizer.state
+
+    @property
+    def step(self) -> mx.array:
+        """The inner optimizer's step count: updates made, not calls."""
+        return _first(self.optimizer).step
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """The inner optimizer's learning rate; settable to what that takes."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: LearningRate) -> None:
+        inner: Any = self.optimizer
+        inner.learning_rate = learning_rate
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Append a parameter group to the inner optimizer; see :meth:`mlx_adagrad.Adagrad.add_group`."""
+        self._grouped().add_group(group)
+
+    def set_group(self, index: int, *, lr: LearningRate) -> None:
+        """Set the learning rate of a parameter group; see :meth:`mlx_adagrad.Adagrad.set_group`."""
+        self._grouped().set_group(index, lr=lr)
+
+    def _grouped(self) -> Any:
+        if not hasattr(self.optimizer, "add_group"):
+            inner = type(self.optimizer).__name__
+            raise TypeError(f"[{self._name}] {inner} has no parameter groups; use mlx_adagrad.Adagrad.")
+        return self.optimizer
+
+    @property
+    def calls_per_update(self) -> int:
+        """How many calls make one update: the steps of a gradient accumulation inside, else 1."""
+        return self.optimizer.calls_per_update if isinstance(self.optimizer, Wrapper) else 1
+
+    def init(self, parameters: dict) -> None:
+        """Make the state of every parameter in the tree now, the inner optimizer's and the wrapper's own."""
+        self.optimizer.init(parameters)
+        self._initialized = True
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters, a tree in the shape of ``gradients``.
+
+        Args:
+            gradients: A tree of gradients; a missing key, an empty ``{}`` and a None are absent gradients.
+            parameters: A tree of parameters, which may be a superset of the gradients (a whole model).
+        """
+        if self._is_idle(gradients):
+            return {}
+        return self.apply_modified(gradients, parameters, Modifiers())
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        """:meth:`apply_gradients` with what the wrappers outside this one ask for."""
+        return foreign.apply_modified(self.optimizer, gradients, parameters, modifiers)
+
+    def _keep(self, modifiers: Modifiers, **values: mx.array) -> None:
+        """Set own entries of the state, where the step happens; called after the inner optimizer, which may raise."""
+        for key, value in values.items():
+            held = isinstance(modifiers.apply, mx.array)
+            self._own[key] = mx.where(modifiers.apply, value, self._own[key]) if held else value
+
+    def scale_loss(self, loss: mx.array) -> mx.array:
+        """The loss to differentiate: scaled by each loss scale among the wrappers, ``loss`` itself without one."""
+        return self._nearest.scale_loss(loss)
+
+    def finalize_variable_values(self, model_or_tree: Any) -> Any:
+        """Put the averages of an :class:`ExponentialMovingAverage` among the wrappers in place of the parameters.
+
+        Args:
+            model_or_tree: A module, which is updated in place, or a tree of parameters.
+
+        Returns:
+            The parameters, averaged; without an average as they are.
+        """
+        return self._nearest.finalize_variable_values(model_or_tree)
+
+    def averaged(self, model: Module) -> AbstractContextManager[Module]:
+        """A context in which ``model`` holds the averages of an :class:`ExponentialMovingAverage` among the wrappers,
+        for evaluation; without one it is as it is.
+        """
+        return self._nearest.averaged(model)
+
+    @property
+    def _nearest(self) -> Configurable:
+        """The optimizer inside, or what stands for one that knows nothing of whole-run features."""
+        return self.optimizer if isinstance(self.optimizer, Configurable) else Configurable()
+
+
+def read(array: mx.array) -> Any:
+    """The Python value of an array, or None inside a transformation, where it has none."""
+    try:
+        return array.item()
+    except ValueError as error:
+        if "during function transformations" not in str(error):
+            raise
+        return None
+
+
+def _first(optimizer: Optimizer) -> Optimizer:
+    # a MultiOptimizer has no step count; it also takes its first optimizer's learning rate for its own
+    return _first(optimizer.optimizers[0]) if isinstance(optimizer, MultiOptimizer) else optimizer
+
+
+def _assign(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.state = state``, but into the dicts that it has."""
+    if isinstance(optimizer, Wrapper):
+        optimizer.state = state
+    elif isinstance(optimizer, MultiOptimizer):
+        states = state.get("states")
+        if not isinstance(states, list) or len(states) != len(optimizer.optimizers):
+            raise ValueError(f"[MultiOptimizer] 'state' must have 'states', {len(optimizer.optimizers)} of them.")
+        for inner, part in zip(optimizer.optimizers, states, strict=True):
+            _assign(inner, part)
+    else:
+        own = optimizer.state
+        fill(own, state)
+        optimizer.state = own  # its setter may note that there is something new

@@ -1,0 +1,97 @@
+"""Clipping of gradients: by value, by the norm of each, by the norm of all."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from .. import checks
+from ..modifiers import Modifiers
+from . import reductions
+from .base import Wrapper
+
+
+class ClipByValue(Wrapper):
+    r"""Clips every element of the gradients: :math:`g \leftarrow \min(\max(g, -c), c)`.
+
+    Args:
+        optimizer: The optimizer inside.
+        value: :math:`c \ge 0`; 0 and None switch the clip off.
+
+    Raises:
+        ValueError: If ``value`` is negative, infinite or NaN.
+    """
+
+    def __init__(self, optimizer: Optimizer, value: float | None):
+        self.value = _limit(self, "value", value)
+        super().__init__(optimizer)
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if self.value and modifiers.apply is not False:
+            modifiers = modifiers.clipped(mx.array(-self.value), mx.array(self.value))
+        return super().apply_modified(gradients, parameters, modifiers)
+
+
+class ClipByNorm(Wrapper):
+    r"""Scales down each gradient whose 2-norm exceeds a limit: :math:`g \leftarrow g\, c / \max(\|g\|, c)`.
+
+    Args:
+        optimizer: The optimizer inside.
+        max_norm: :math:`c \ge 0`; 0 and None switch the clip off.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative, infinite or NaN.
+    """
+
+    def __init__(self, optimizer: Optimizer, max_norm: float | None):
+        self.max_norm = _limit(self, "max_norm", max_norm)
+        super().__init__(optimizer)
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if self.max_norm and modifiers.apply is not False:
+            gradients = reductions.coalesced(gradients)
+            norms = reductions.norms(gradients, modifiers)
+            modifiers = modifiers.scaled({path: _down_to(self.max_norm, norm) for path, norm in norms.items()})
+        return super().apply_modified(gradients, parameters, modifiers)
+
+
+class ClipByGlobalNorm(Wrapper):
+    r"""Scales down all gradients together where their common 2-norm :math:`N` exceeds a limit :math:`c`.
+
+    Keras's rule is :math:`g \leftarrow g\, c / \max(N, c)`, and NaN for every gradient where N is infinite or NaN.
+    torch's, which ``mlx.optimizers.clip_grad_norm`` has too, is :math:`g \leftarrow g \min(1, c / (N + 10^{-6}))`.
+
+    Args:
+        optimizer: The optimizer inside.
+        max_norm: :math:`c \ge 0`; 0 and None switch the clip off.
+        rule: ``"keras"`` or ``"torch"``. Default: ``"keras"``.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative, infinite or NaN, or ``rule`` is neither.
+    """
+
+    def __init__(self, optimizer: Optimizer, max_norm: float | None, rule: str = "keras"):
+        if rule not in ("keras", "torch"):
+            raise ValueError(f"[{self._name}] 'rule' must be 'keras' or 'torch' but got {rule!r}.")
+        self.max_norm = _limit(self, "max_norm", max_norm)
+        self.rule = rule
+        super().__init__(optimizer)
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if self.max_norm and modifiers.apply is not False:
+            gradients = reductions.coalesced(gradients)
+            modifiers = modifiers.scaled(self._factor(reductions.global_norm(gradients, modifiers)))
+        return super().apply_modified(gradients, parameters, modifiers)
+
+    def _factor(self, norm: mx.array) -> mx.array:
+        if self.rule == "torch":
+            return mx.minimum(self.max_norm / (norm + 1e-6), 1.0)
+        return _down_to(self.max_norm, norm) + (norm - norm)  # 0, or NaN where the norm is not finite
+
+
+def _down_to(limit: float, norm: mx.array) -> mx.array:
+    return limit / mx.maximum(norm, limit)
+
+
+def _limit(wrapper: Wrapper, name: str, value: float | None) -> float:
+    return 0.0 if value is None else checks.non_negative(wrapper._name, name, value)

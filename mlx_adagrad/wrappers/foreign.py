@@ -1,0 +1,108 @@
+"""Modifiers for optimizers that know nothing of them: any of ``mlx.optimizers``, any subclass of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import MultiOptimizer, Optimizer
+
+from ..leaves import dotted, is_absent, rebuild
+from ..modifiers import Modifiers
+from .trees import Keys, copied, find, mapped, name, present, pruned
+
+
+def apply_modified(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> Any:
+    """``optimizer.apply_gradients`` under ``modifiers``: handed on where it takes them, else applied around it.
+
+    Args:
+        optimizer: Any optimizer.
+        gradients: A tree of gradients; a missing key, an empty ``{}`` and a None are absent gradients.
+        parameters: A tree of parameters, which may be a superset of the gradients.
+        modifiers: What the wrappers ask for.
+
+    Returns:
+        The updated parameters, in the shape of ``gradients`` and in their own dtypes.
+    """
+    inner: Any = optimizer
+    if hasattr(inner, "apply_modified"):
+        return inner.apply_modified(gradients, parameters, modifiers)
+    weights = {name(keys): _parameter(inner, keys, parameters) for keys, _ in present(gradients)}
+    if modifiers.apply is not False:
+        apply = _apply_parts if isinstance(inner, MultiOptimizer) else _apply_around
+        weights |= apply(inner, gradients, parameters, modifiers)
+    return rebuild(gradients, parameters, iter(weights.values()))
+
+
+def _parameter(optimizer: Optimizer, keys: Keys, parameters: Any) -> mx.array:
+    w = find(parameters, keys)
+    if not isinstance(w, mx.array):
+        raise ValueError(f"[{type(optimizer).__name__}] there is a gradient for '{dotted(keys)}' but no parameter.")
+    return w
+
+
+def _kept(new: mx.array, old: mx.array, modifiers: Modifiers) -> mx.array:
+    if new.dtype != old.dtype:
+        new = new.astype(old.dtype)
+    return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, old)
+
+
+def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[str, Any]:
+    # part by part: one of them may take the modifiers
+    new: dict[str, Any] = {}
+    parts = optimizer._split_dictionary(pruned(gradients))
+    for part, inner in zip(parts, optimizer.optimizers, strict=True):
+        updated = apply_modified(inner, part, parameters, modifiers)
+        new |= {name(keys): find(updated, keys) for keys, _ in present(part)}
+    return new
+
+
+def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[str, Any]:
+    seen = mapped(lambda keys, g: _seen(optimizer, keys, g, find(parameters, keys), modifiers), pruned(gradients))
+    if any(is_absent(find(optimizer.state, keys)) for keys, _ in present(seen)):
+        optimizer.init(seen)  # the optimizer itself asks only once, and there must be an old state to fall back to
+    with _schedules_at(optimizer, modifiers.calls):
+        if isinstance(modifiers.apply, bool):
+            new = optimizer.apply_gradients(seen, parameters)
+        else:
+            before = copied(optimizer.state)
+            new = optimizer.apply_gradients(seen, parameters)
+            _select(modifiers.apply, optimizer.state, before)
+    return {name(keys): _kept(find(new, keys), find(parameters, keys), modifiers) for keys, _ in present(seen)}
+
+
+def _seen(optimizer: Optimizer, keys: Keys, g: Any, w: mx.array, modifiers: Modifiers) -> mx.array:
+    """The gradient as the optimizer gets it: in the dtype of its parameter, as it would come from the model; but fp16
+    has no room for what a loss scale or a clip leaves, so that stays fp32.
+    """
+    if not isinstance(g, mx.array):
+        only = f"a {type(g).__name__}, which only mlx_adagrad.Adagrad takes"
+        raise TypeError(f"[{type(optimizer).__name__}] the gradient of '{dotted(keys)}' is {only}.")
+    if modifiers.scale is None and modifiers.low is None and g.dtype == w.dtype:
+        return g
+    wide = modifiers.modified(dotted(keys), g)
+    return wide if w.dtype == mx.float16 else wide.astype(w.dtype)
+
+
+@contextmanager
+def _schedules_at(optimizer: Optimizer, calls: mx.array | None) -> Iterator[None]:
+    """The optimizer's schedules see the number of calls and not its own step count."""
+    schedules = optimizer._schedulers
+    if calls is not None:
+        optimizer._schedulers = {k: (lambda _, schedule=s: schedule(calls)) for k, s in schedules.items()}
+    try:
+        yield
+    finally:
+        optimizer._schedulers = schedules
+
+
+def _select(apply: mx.array, state: Any, before: Any) -> None:
+    """Put the old arrays back into ``state`` where ``apply`` is False."""
+    for key, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
+        old = find(before, (key,))
+        if isinstance(value, dict | list | tuple):
+            _select(apply, value, old)
+        elif isinstance(value, mx.array) and isinstance(old, mx.array) and value is not old:
+            state[key] = mx.where(apply, value, old)

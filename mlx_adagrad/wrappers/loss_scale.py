@@ -1,0 +1,89 @@
+"""Loss scales: the loss is multiplied before it is differentiated, the gradients are divided before they are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from .. import checks
+from ..modifiers import Modifiers
+from . import reductions
+from .base import Wrapper
+
+# Between these a scale and its inverse are normal numbers: at 0 or infinity it could not come back.
+SMALLEST, LARGEST = 2.0**-126, 2.0**126
+
+
+class LossScale(Wrapper):
+    r"""Divides the gradients by a fixed factor, with which :meth:`scale_loss` multiplied the loss.
+
+    Args:
+        optimizer: The optimizer inside.
+        factor: The loss scale, > 0.
+
+    Raises:
+        ValueError: If ``factor`` is not positive, or infinite or NaN.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: float):
+        self.factor = checks.positive(self._name, "factor", factor)
+        super().__init__(optimizer)
+
+    def scale_loss(self, loss: mx.array) -> mx.array:
+        """``loss * factor``, fp32 for a loss of half precision, which it might overflow."""
+        return super().scale_loss(_wide(loss) * self.factor)
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        return super().apply_modified(gradients, parameters, modifiers.scaled(mx.array(1.0 / self.factor)))
+
+
+class DynamicLossScale(Wrapper):
+    r"""A loss scale that finds its size by itself, by the rule of Keras's ``LossScaleOptimizer``.
+
+    Where a gradient holds an Inf or a NaN, the scale is halved and nothing else changes: no weight, no state, no step
+    count inside. Otherwise the gradients are divided by it, and after ``dynamic_growth_steps`` such steps it doubles.
+
+    Args:
+        optimizer: The optimizer inside.
+        initial_scale: The loss scale to start from, > 0. Default: ``2**15``.
+        dynamic_growth_steps: Finite steps in a row after which the scale doubles, >= 1. Default: ``2000``.
+
+    Raises:
+        ValueError: If ``initial_scale`` is not positive and finite, or ``dynamic_growth_steps`` is below 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, initial_scale: float = 2**15, dynamic_growth_steps: int = 2000):
+        self.initial_scale = checks.positive(self._name, "initial_scale", initial_scale)
+        self.dynamic_growth_steps = checks.positive_integer(self._name, "dynamic_growth_steps", dynamic_growth_steps)
+        super().__init__(optimizer)
+
+    def _fresh(self) -> dict[str, Any]:
+        return {"dynamic_scale": mx.array(self.initial_scale), "step_counter": mx.array(0, mx.uint64)}
+
+    @property
+    def dynamic_scale(self) -> mx.array:
+        """The loss scale of the next step, 0-d fp32."""
+        return self._own["dynamic_scale"]
+
+    def scale_loss(self, loss: mx.array) -> mx.array:
+        """``loss * dynamic_scale``, in fp32 or wider."""
+        return super().scale_loss(loss * self.dynamic_scale)
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if modifiers.apply is False:
+            return super().apply_modified(gradients, parameters, modifiers)
+        scale, count = self.dynamic_scale, self._own["step_counter"]
+        gradients = reductions.coalesced(gradients)
+        finite = reductions.all_finite(gradients, modifiers)
+        new = super().apply_modified(gradients, parameters, modifiers.scaled(1.0 / scale).gated(finite))
+        grows = count == self.dynamic_growth_steps - 1
+        scale = mx.where(finite, mx.where(grows, scale * 2.0, scale), scale * 0.5)
+        count = mx.where(mx.logical_and(finite, mx.logical_not(grows)), count + 1, mx.zeros_like(count))
+        self._keep(modifiers, dynamic_scale=mx.clip(scale, SMALLEST, LARGEST), step_counter=count)
+        return new
+
+
+def _wide(loss: mx.array) -> mx.array:
+    return loss.astype(mx.float32) if loss.dtype in (mx.float16, mx.bfloat16) else loss

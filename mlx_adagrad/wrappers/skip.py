@@ -1,0 +1,61 @@
+"""Steps whose gradients are not finite, left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from ..modifiers import Modifiers
+from . import reductions
+from .base import Wrapper, read
+from .loss_scale import DynamicLossScale
+
+
+class SkipNonFinite(Wrapper):
+    """A step in which a gradient holds an Inf or a NaN changes nothing inside: weights, state and step counts stay.
+
+    It stands outermost, since it holds back everything inside it: averages, accumulated gradients and call counts too.
+
+    Args:
+        optimizer: The optimizer inside.
+        on_skip: Called with the number of steps skipped so far, an int, after each step that was skipped; it may raise.
+            Reads whether a step was skipped, which waits for the gradients; inside ``mx.compile`` it is not called.
+            Default: ``None``.
+
+    Raises:
+        TypeError: If ``on_skip`` cannot be called.
+        ValueError: If a :class:`DynamicLossScale` is inside, which could then never be halved.
+    """
+
+    def __init__(self, optimizer: Optimizer, on_skip: Callable[[int], Any] | None = None):
+        if on_skip is not None and not callable(on_skip):
+            raise TypeError(f"[{self._name}] 'on_skip' must be None or callable with a count but got {on_skip!r}.")
+        inner: Any = optimizer
+        while isinstance(inner, Wrapper):
+            if isinstance(inner, DynamicLossScale):
+                raise ValueError(f"[{self._name}] DynamicLossScale skips such steps by itself: leave {self._name} out.")
+            inner = inner.optimizer
+        self.on_skip = on_skip
+        super().__init__(optimizer)
+
+    def _fresh(self) -> dict[str, Any]:
+        return {"skipped_steps": mx.array(0, mx.uint64)}
+
+    @property
+    def skipped_steps(self) -> mx.array:
+        """How many steps were skipped so far, 0-d uint64."""
+        return self._own["skipped_steps"]
+
+    def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if modifiers.apply is False:
+            return super().apply_modified(gradients, parameters, modifiers)
+        gradients = reductions.coalesced(gradients)
+        finite = reductions.all_finite(gradients, modifiers)
+        new = super().apply_modified(gradients, parameters, modifiers.gated(finite))
+        self._keep(modifiers, skipped_steps=self.skipped_steps + mx.logical_not(finite).astype(mx.uint64))
+        if self.on_skip is not None and read(finite) is False:
+            self.on_skip(read(self.skipped_steps))
+        return new
