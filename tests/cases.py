@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -81,9 +83,14 @@ def assert_near(got, want, dtype=None, steps=5):
     np.testing.assert_allclose(got, want, rtol=RELATIVE[dtype] * steps, atol=RELATIVE[dtype] * steps)
 
 
+def flat(tree) -> Any:
+    """The (path, array) pairs of a tree."""
+    return tree_flatten(tree)
+
+
 def bits(tree):
     """Every bit of a tree of arrays, for comparisons that allow no difference."""
-    return {path: (str(a.dtype), a.shape, _bytes(a)) for path, a in tree_flatten(tree)}
+    return {path: (str(a.dtype), a.shape, _bytes(a)) for path, a in flat(tree)}
 
 
 def _bytes(array):

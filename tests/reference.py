@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
@@ -9,7 +11,7 @@ def adagrad(
     w,
     gradients,
     *,
-    learning_rate=0.1,
+    learning_rate: Any = 0.1,
     eps=1e-8,
     lr_decay=0.0,
     weight_decay=0.0,
@@ -29,7 +31,8 @@ def adagrad(
     history = []
     for t, gradient in enumerate(gradients):
         g = np.clip(np.array(gradient, np.float64) * scale, low, high)
-        lr = (learning_rate(t) if callable(learning_rate) else learning_rate) / (1 + t * lr_decay)
+        rate: Any = learning_rate(t) if callable(learning_rate) else learning_rate
+        lr = rate / (1 + t * lr_decay)
         if maximize:
             g = -g
         if weight_decay and decoupled_weight_decay:

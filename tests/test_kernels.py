@@ -1,5 +1,7 @@
 """The Metal kernel of the dense update: equal to the operations and to numpy float64, and as lean as promised."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -111,7 +113,8 @@ def test_accumulator_dtype_is_a_template_argument():
 def test_bf16_accumulator_from_elsewhere_is_taken_up_in_fp32():
     w = mx.ones((9,))
     optimizer = Adagrad(0.1, fused=True)
-    optimizer.state["w"] = {"v": mx.full((9,), 0.5, mx.bfloat16)}
+    state: Any = optimizer.state
+    state["w"] = {"v": mx.full((9,), 0.5, mx.bfloat16)}
     optimizer.apply_gradients({"w": w}, {"w": w})
     assert optimizer.state["w"]["v"].dtype == mx.float32
     assert_near(optimizer.state["w"]["v"], np.full(9, 1.5))
@@ -233,12 +236,14 @@ no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here")
 
 
 @pytest.fixture
-def no_host(monkeypatch):
+def no_host(kernel_device):
     """Kernels are MLX's own again, which runs none of them without Metal."""
-    monkeypatch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
-    monkeypatch.setattr(kernels, "available", AVAILABLE)
-    monkeypatch.setattr(kernels, "require", REQUIRE)
-    kernels._kernel.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:  # undone before the host is
+        patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
+        patch.setattr(kernels, "available", AVAILABLE)
+        patch.setattr(kernels, "require", REQUIRE)
+        kernels._kernel.cache_clear()
+        yield
 
 
 @no_metal

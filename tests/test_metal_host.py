@@ -13,7 +13,7 @@ from metal_host import HostError, HostMetal
 from metal_host.source import for_clang, parse
 
 REAL: Any = mx.fast.metal_kernel
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels run on the host under Linux, elsewhere on Metal")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels run on the host under Linux only")
 FLOATS = [mx.float32, mx.float16, mx.bfloat16]
 
 

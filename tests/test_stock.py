@@ -1,6 +1,7 @@
 """What MLX's own tests ask of every optimizer, asked of ours; and ours against ``mlx.optimizers.Adagrad``."""
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,9 +9,10 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from cases import assert_near, tensors, to_numpy
+from cases import assert_near, flat, tensors, to_numpy
 from mlx_adagrad import Adagrad
 
+NOTHING: Any = {}
 PARAMS = {"first": [mx.zeros((10,)), mx.zeros((1,))], "second": mx.zeros((1,))}
 
 
@@ -25,9 +27,11 @@ class Model(nn.Module):
 
 def test_state_is_a_plain_settable_tree():
     optimizer = Adagrad(0.1)
-    optimizer.state["hello"] = "world"
+    state: Any = optimizer.state
+    state["hello"] = "world"
     assert optimizer.state["hello"] == "world"
-    optimizer.state = {0: 1}
+    anything: Any = {0: 1}
+    optimizer.state = anything
     assert optimizer.state == {0: 1}
 
 
@@ -44,7 +48,7 @@ def test_types_are_conserved():
 def test_explicit_init_starts_from_zero():
     optimizer = Adagrad(1e-2)
     optimizer.init(PARAMS)
-    for (path, w), (v_path, v) in zip(tree_flatten(PARAMS), tree_flatten(optimizer.state)[2:], strict=True):
+    for (path, w), (v_path, v) in zip(flat(PARAMS), flat(optimizer.state)[2:], strict=True):
         assert v_path == f"{path}.v" and mx.array_equal(v, mx.zeros_like(w))
     assert list(optimizer.state) == ["step", "learning_rate", "first", "second"]
 
@@ -70,7 +74,7 @@ def test_schedules_are_followed_inside_compile():
     @partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)
     def update():
         traces.append(1)
-        optimizer.update({}, {})
+        optimizer.update(NOTHING, NOTHING)
 
     for step in range(5):
         update()
@@ -82,7 +86,7 @@ def test_joined_schedules():
     warmup, cosine = optim.linear_schedule(0.0, 1e-5, 100), optim.cosine_decay(1e-5, 100)
     optimizer = Adagrad(optim.join_schedules([warmup, cosine], [101]))
     for _ in range(100):
-        optimizer.update({}, {})
+        optimizer.update(NOTHING, NOTHING)
     assert abs(optimizer.learning_rate.item() - 0.99e-5) < 1e-9
 
 

@@ -1,0 +1,275 @@
+"""The Metal kernels for row-sparse gradients and for one accumulator a row: equal to the operations and to float64."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import row_cases
+from cases import DTYPE_PAIRS, GPU_DTYPES, assert_near, bits, options, run, tensors, to_numpy
+from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, SparseEmbedding, kernels, value_and_grad
+from mlx_adagrad.modifiers import Modifiers
+from reference import adagrad
+from test_kernels import AVAILABLE, MLX_METAL_KERNEL, REQUIRE
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+accumulators = pytest.mark.parametrize("accumulator", [Dense(), RowWise()], ids=lambda a: type(a).__name__)
+dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+
+
+def run_rows(optimizer, table, gradients):
+    for indices, values in gradients:
+        table = optimizer.apply_gradients({"w": RowSparse(indices, values, len(table))}, {"w": table})["w"]
+        mx.eval(table, optimizer.state)
+    return table, optimizer.state["w"]["v"]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@options
+@accumulators
+@dtypes
+def test_kernels_equal_operations_and_float64(options, accumulator, dtype):
+    table, gradients = row_cases.draw(30, steps=3, dtype=dtype)
+    fused, plain = (Adagrad(0.1, **options, accumulator=accumulator, fused=f) for f in (True, False))
+    fused_w, fused_v = run_rows(fused, table, gradients)
+    plain_w, plain_v = run_rows(plain, table, gradients)
+    want_w, want_v = row_cases.adagrad(table, gradients, row_wise=isinstance(accumulator, RowWise), **options)
+    v_dtype = dtype if options.get("weight_decay") else mx.float32
+    assert fused_w.dtype == dtype and fused_v.dtype == mx.float32 and fused_v.shape == plain_v.shape
+    assert_near(fused_w, to_numpy(plain_w), dtype, steps=1)
+    assert_near(fused_w, want_w, dtype)
+    assert_near(fused_v, to_numpy(plain_v), v_dtype, steps=1)
+    assert_near(fused_v, want_v, v_dtype)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=str)
+def test_every_pair_of_dtypes(pair):
+    table, gradients = row_cases.draw(30, steps=2)
+    gradients = [(indices, values.astype(pair[1])) for indices, values in gradients]
+    table = table.astype(pair[0])
+    got, _ = run_rows(Adagrad(0.1, fused=True), table, gradients)
+    assert_near(got, row_cases.adagrad(table, gradients)[0], pair[0])
+
+
+@pytest.mark.parametrize("columns", [(1,), (2,), (31,), (32,), (33,), (300,), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows, k", [(1, 1), (1, 9), (5, 40), (300, 7)])
+@accumulators
+def test_every_shape(rows, k, columns, accumulator):
+    table, gradients = row_cases.draw(rows, columns, k=k, steps=2)
+    got_w, got_v = run_rows(Adagrad(0.1, accumulator=accumulator, fused=True), table, gradients)
+    want_w, want_v = row_cases.adagrad(table, gradients, row_wise=isinstance(accumulator, RowWise))
+    assert_near(got_w, want_w)
+    assert_near(got_v, want_v)
+
+
+@dtypes
+@pytest.mark.parametrize("seed", range(3))
+def test_threads_in_any_order(dtype, seed, request):
+    if not mx.metal.is_available():
+        request.getfixturevalue("host").seed = seed
+    table, gradients = row_cases.draw(9, (40,), k=50, dtype=dtype)
+    for accumulator in (Dense(), RowWise()):
+        got, _ = run_rows(Adagrad(0.1, accumulator=accumulator, fused=True), table, gradients)
+        want, _ = row_cases.adagrad(table, gradients, row_wise=isinstance(accumulator, RowWise))
+        assert_near(got, want, dtype)
+
+
+@dtypes
+def test_coalesce_sums_in_fp32(dtype):
+    indices, values = mx.array([4, 1, 4, 9, -1] * 300), mx.ones((1500, 3), dtype)
+    g = RowSparse(indices, values, 5).coalesce()
+    assert g.indices.tolist() == [1, 4, 5, 5, 5]
+    assert g.values.tolist() == [[300] * 3, [600] * 3, [0] * 3, [0] * 3, [0] * 3]
+
+
+@accumulators
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@dtypes
+def test_rows_that_are_not_named_keep_every_bit(accumulator, weight_decay, dtype):
+    odd = mx.array([-0.0, float("nan"), float("inf"), 1e-30, 0.0], dtype)
+    table = mx.concatenate([mx.ones((3, 5), dtype), mx.broadcast_to(odd, (3, 5))])
+    for indices in ([0, 2, 2, 0], [-1, 6, 77, -6], [6] * 4, [1, -1, 6, 1]):
+        optimizer = Adagrad(0.1, weight_decay=weight_decay, accumulator=accumulator, fused=True)
+        optimizer.init({"w": table})
+        g = RowSparse(mx.array(indices), mx.ones((4, 5), dtype), 6)
+        new = optimizer.apply_gradients({"w": g}, {"w": table})["w"]
+        idle = mx.array(np.flatnonzero(~row_cases.named(indices, 6)))
+        assert bits(new[idle]) == bits(table[idle])
+        assert not optimizer.state["w"]["v"][idle].any().item()
+
+
+@pytest.mark.parametrize("accumulator", [Dense("parameter"), RowWise("parameter")], ids=str)
+def test_accumulators_in_half_precision(accumulator):
+    table, gradients = row_cases.draw(30, dtype=mx.bfloat16)
+    fused, plain = (Adagrad(0.1, accumulator=accumulator, fused=f) for f in (True, False))
+    (fused_w, fused_v), (plain_w, plain_v) = (run_rows(o, table, gradients) for o in (fused, plain))
+    assert fused_v.dtype == mx.bfloat16
+    assert_near(fused_v, to_numpy(plain_v), mx.bfloat16, steps=1)
+    assert_near(fused_w, to_numpy(plain_w), mx.bfloat16, steps=1)
+
+
+@accumulators
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@dtypes
+def test_modifiers_enter_as_scalars(accumulator, weight_decay, dtype):
+    table, ((indices, values),) = row_cases.draw(9, steps=1, dtype=dtype)
+    modifiers = Modifiers(scale=mx.array(0.5)).clipped(mx.array(-0.2), mx.array(0.3)).scaled(mx.array(2.0))
+    for apply in (True, False):
+        results = []
+        for fused in (True, False):
+            optimizer = Adagrad(0.1, weight_decay=weight_decay, accumulator=accumulator, fused=fused)
+            optimizer.init({"w": table})
+            g = RowSparse(indices, values, 9)
+            new = optimizer.apply_modified({"w": g}, {"w": table}, modifiers.gated(mx.array(apply)))
+            results.append((new["w"], optimizer.state["w"]["v"]))
+        (fused_w, fused_v), (plain_w, plain_v) = results
+        assert_near(fused_w, to_numpy(plain_w), dtype, steps=1)
+        assert_near(fused_v, to_numpy(plain_v), steps=1)
+        assert apply or bits(fused_w) == bits(table)
+
+
+def test_not_lazy_uses_the_dense_kernel():
+    table, gradients = row_cases.draw(9)
+    fused, plain = (Adagrad(0.1, weight_decay=0.1, lazy=False, fused=f) for f in (True, False))
+    assert_near(run_rows(fused, table, gradients)[0], to_numpy(run_rows(plain, table, gradients)[0]), steps=1)
+
+
+def test_embedding_trains_the_same():
+    model = SparseEmbedding(20, 6)
+    results = []
+    start = model.weight
+    for fused in (True, False):
+        model.weight, optimizer = start, Adagrad(0.1, fused=fused)
+        for step in range(3):
+            x = mx.array([[1, 2, 1], [19, step, 2]])
+            _, gradients = value_and_grad(model, lambda x: mx.square(model(x) - 1).sum())(x)
+            optimizer.update(model, gradients)
+        results.append(to_numpy(model.weight))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_launches_of_a_step(host):
+    table, ((indices, values),) = row_cases.draw(30, steps=1)
+    optimizer = Adagrad(0.1, fused=True)
+    optimizer.init({"w": table})
+    for g in (RowSparse(indices, values, 30), RowSparse(indices, values, 30).coalesce()):
+        host.clear()
+        optimizer.apply_gradients({"w": g}, {"w": table})
+        names = [launch.name for launch in host.launches]
+        wanted = ["mlx_adagrad_rows_combine", "mlx_adagrad_rows_grown", "mlx_adagrad_rows_moved"]
+        assert names == (wanted if g.indices is indices else wanted[1:])
+    host.clear()
+    optimizer.apply_gradients({"w": RowSparse(indices[:0], values[:0], 30)}, {"w": table})
+    assert not host.launches
+
+
+def test_no_kernel_reads_the_weights(host):
+    """A table with a reader in flight would be copied whole; and no more of v is read than the rows that are named."""
+    rows, columns, k = 1000, 8, 20
+    table, ((indices, values),) = row_cases.draw(rows, (columns,), k=k, steps=1)
+    Adagrad(0.1, fused=True).apply_gradients({"w": RowSparse(indices, values, rows)}, {"w": table})
+    read = [size for launch in host.launches for size in launch.elements.values()]
+    assert sum(size == rows * columns for size in read) == 1  # v
+    moved = host.launches[-1]
+    assert moved.bytes_read["v"] == 4 * k * columns and moved.bytes_written["moved"] == 4 * k * columns
+
+
+def test_one_source_for_all_shapes(host):
+    for rows, columns, k in ((30, (16,), 12), (50, (40,), 20), (9, (3, 4), 9)):
+        table, ((indices, values),) = row_cases.draw(rows, columns, k=k, steps=1)
+        Adagrad(0.1, fused=True).apply_gradients({"w": RowSparse(indices, values, rows)}, {"w": table})
+    assert len(host.sources) == 3
+
+
+def test_refused_where_no_kernel_runs():
+    g: Any = RowSparse(mx.array([1]), mx.ones((1, 2)), 3)
+    for optimizer in (Adagrad(0.1, fused=True, differentiable=True), Adagrad(0.1, fused=True, accumulator=_Other())):
+        with pytest.raises(RuntimeError, match="no kernel takes 'w': .*float32 row-sparse gradients"):
+            optimizer.apply_gradients({"w": g}, {"w": mx.ones((3, 2))})
+        assert list(optimizer.state) == ["step", "learning_rate"]
+
+
+class _Other(Dense):
+    """An accumulator of somebody else's."""
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here")
+def test_a_training_step_with_the_kernels_exports(tmp_path, monkeypatch):
+    monkeypatch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
+    monkeypatch.setattr(kernels, "available", AVAILABLE)
+    monkeypatch.setattr(kernels, "require", REQUIRE)
+    kernels._kernel.cache_clear()
+    model = SparseEmbedding(20, 6)
+    optimizer = Adagrad(0.1, fused=True)
+    optimizer.init(model.trainable_parameters())
+    vg = value_and_grad(model, lambda x: mx.square(model(x)).sum(), exportable=True)
+
+    def step(weight, x):
+        model.weight = weight
+        loss, gradients = vg(x)
+        optimizer.update(model, gradients)
+        return [loss, model.weight, optimizer.state["weight"]["v"]]
+
+    mx.export_function(str(tmp_path / "step.mlxfn"), step, model.weight, mx.array([1, 2, 1]))
+    recorded = (tmp_path / "step.mlxfn").read_bytes()
+    assert b"rows_grown" in recorded and b"rows_moved" in recorded
+
+
+# --- one accumulator a row, dense gradients ---------------------------------------------------------------------------
+
+
+@options
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=str)
+def test_row_wise_equals_operations_and_float64(options, pair):
+    w, gradients = tensors((6, 5), pair, steps=3)
+    fused, plain = (Adagrad(0.1, **options, accumulator=RowWise(), fused=f) for f in (True, False))
+    (fused_w, fused_v), (plain_w, plain_v) = run(fused, w, gradients), run(plain, w, gradients)
+    want_w, want_v = adagrad(to_numpy(w), [to_numpy(g) for g in gradients], row_wise=True, **options)[-1]
+    v_dtype = pair[0] if options.get("weight_decay") else mx.float32
+    assert fused_w.dtype == pair[0] and fused_v.dtype == mx.float32 and fused_v.shape == (6,)
+    assert_near(fused_w, to_numpy(plain_w), pair[0], steps=1)
+    assert_near(fused_w, want_w, pair[0])
+    assert_near(fused_v, to_numpy(plain_v), v_dtype, steps=1)
+    assert_near(fused_v, want_v, v_dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 7), (7, 1), (3, 31), (9, 32), (8, 33), (5, 300), (4, 3, 2), (0, 3), (5,), ()], ids=str
+)
+@dtypes
+def test_row_wise_for_every_shape(shape, dtype):
+    w, gradients = tensors(shape, (dtype, dtype), steps=2)
+    got_w, got_v = run(Adagrad(0.1, accumulator=RowWise(), fused=True), w, gradients)
+    want_w, want_v = adagrad(to_numpy(w), [to_numpy(g) for g in gradients], row_wise=True)[-1]
+    assert got_w.shape == shape and got_v.shape == (shape[:1] if len(shape) > 1 else shape)
+    assert_near(got_w, want_w, dtype)
+    assert_near(got_v, want_v)
+
+
+def test_row_wise_layouts():
+    w, (g, *_) = tensors((6, 8))
+    for view in (w[:, ::2], w.T, w[1:], mx.broadcast_to(w[:1], w.shape)):
+        got, _ = run(Adagrad(0.1, accumulator=RowWise(), fused=True), view, [mx.sin(view)])
+        assert_near(got, adagrad(to_numpy(view), [to_numpy(mx.sin(view))], row_wise=True)[-1][0])
+
+
+def test_row_wise_held_back():
+    w, (g, *_) = tensors((6, 5))
+    optimizer = Adagrad(0.1, accumulator=RowWise(), fused=True, weight_decay=0.1)
+    optimizer.init({"w": w})
+    held = Modifiers(scale=mx.array(float("nan")), apply=mx.array(False))
+    assert bits(optimizer.apply_modified({"w": g}, {"w": w}, held)["w"]) == bits(w)
+    assert not optimizer.state["w"]["v"].any().item()
+
+
+def test_row_wise_is_one_launch_that_reads_and_writes_what_it_must(host):
+    w, (g, *_) = tensors((50, 64))
+    optimizer = Adagrad(0.1, accumulator=RowWise(), fused=True)
+    optimizer.apply_gradients({"w": g}, {"w": w})
+    (launch,) = host.launches
+    assert launch.bytes_written == {"new_weights": 4 * 50 * 64, "new_accumulator": 4 * 50}
+    # the gradient twice, the second time from the cache; w once without decay
+    assert launch.bytes_read["g"] == 2 * 4 * 50 * 64 and launch.bytes_read["w"] == 4 * 50 * 64
