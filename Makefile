@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test bench lint
+.PHONY: help demo test soak bench lint
 help:
 	@echo "make demo   train a classifier, compare optimizers, draw a picture to out/"
 	@echo "make test   run all tests"
+	@echo "make soak   20,000 steps on a large sparse table"
 	@echo "make bench  measure time and memory, write the report to out/"
 	@echo "make lint   ruff and pyright"
 
@@ -17,6 +18,10 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+
+# The long run of a test that make test does for 1,000 steps.
+soak: $(VENV)/.dev
+	SOAK_STEPS=20000 $(BIN)/python -m pytest tests/test_rows_soak.py $(ARGS)
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)

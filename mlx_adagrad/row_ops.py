@@ -56,27 +56,24 @@ def update(
     if form.coupled or form.decoupled or w.dtype in HALF:
         w_rows = w[targets]
         evaluate(w_rows)
-    if form.update_accumulator and v.dtype in HALF:
-        v_rows = v[targets]
-        evaluate(v_rows)
     if form.update_accumulator:
-        rows = functions.grown(v_rows, w_rows, g, live, s)
-        v = _assign(v, targets, live, rows, v_rows) if v.dtype in HALF else add_rows(v, targets, rows, differentiable)
-    rows = functions.moved(v, targets, w_rows, g, live, s)
-    w = _assign(w, targets, live, rows, w_rows) if w.dtype in HALF else add_rows(w, targets, rows, differentiable)
-    return w, v
+        if v.dtype in HALF:
+            v_rows = v[targets]
+            evaluate(v_rows)
+        v = _write(v, targets, live, functions.grown(v_rows, w_rows, g, live, s), differentiable)
+    return _write(w, targets, live, functions.moved(v, targets, w_rows, g, live, s), differentiable), v
 
 
-def _assign(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, before: mx.array) -> mx.array:
-    """``table`` with ``rows`` in the place of ``before``.
-
-    One row must not be written in two ways: what is not live repeats the first row, and if that is not live either
-    nothing changes.
-    """
+def _write(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, differentiable: bool) -> mx.array:
+    """``table`` with ``rows`` added to it, or in half precision put into it."""
+    if table.dtype not in HALF:
+        return add_rows(table, targets, rows, differentiable)
+    # One row must not be written in two ways: what is not live repeats the first row, which is live if any is, and
+    # holds its old values if none is.
     live = live.reshape(-1, *(1,) * (rows.ndim - 1))
     new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
     first = mx.where(live.reshape(-1), targets, targets[:1])
-    new[first] = mx.where(live[:1], mx.where(live, rows, rows[:1]), before)
+    new[first] = mx.where(live, rows, rows[:1])
     return new
 
 

@@ -504,7 +504,7 @@ def test_derivatives_need_the_flag(cpu):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@accumulators
+@pytest.mark.parametrize("accumulator", [Dense(), Dense("parameter"), RowWise()], ids=str)
 def test_tables_are_updated_in_place(weight_decay, dtype, accumulator, cpu):
     rows, columns, k = 100_000, 64, 256
     params = {"w": mx.random.normal((rows, columns)).astype(dtype)}

@@ -1,9 +1,11 @@
 """SparseEmbedding and value_and_grad: MLX's own results, with a row-sparse gradient for each table."""
 
 import gc
+import re
 import threading
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from cases import assert_near, bits, to_numpy
 from mlx_adagrad import Adagrad, RowSparse, SparseEmbedding, value_and_grad
+from mlx_adagrad.look_ups import Table
 
 ROWS, DIMS = 12, 4
 
@@ -565,9 +568,11 @@ def test_nothing_is_kept_after_the_call():
     value_and_grad(model, fn)()
     value_and_grad(model, fn, exportable=True)()
     mx.compile(lambda x, fn=fn: value_and_grad(model, fn)()[0] + x)(mx.ones(()))
+    value_and_grad(model, lambda: model.words(X).sum())()  # the other table's graph is never evaluated
     del fn, sentinel
     gc.collect()
     assert alive() is None
+    assert not [o for o in gc.get_objects() if isinstance(o, Table)]
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
@@ -608,3 +613,17 @@ def test_training_equals_stock():
             mx.eval(loss, model.parameters(), optimizer.state)
     assert_same(ours.parameters(), stock.parameters())
     assert_same(optimizers[0].state, optimizers[1].state)
+
+
+def test_the_code_in_the_docs_runs():
+    text = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text()
+    loop, gradient = re.findall(r"```python\n(.*?)```", text, re.S)
+    x, y = mx.array([3, 5, 3]), mx.zeros((3, 1))
+    scope: dict[str, Any] = {"batches": [(x, y)] * 2, "partial": partial, "RowSparse": RowSparse}
+    exec(loop.replace("1_000_000", "1000"), scope)
+    model, optimizer = scope["model"], scope["optimizer"]
+    exec(gradient.replace("1_000_000", "1000"), scope)
+    assert optimizer.step.item() == 3
+    assert not mx.array_equal(scope["rows"].to_dense()[3], mx.zeros((64,)))
+    assert (optimizer.state["layers"][0]["weight"]["v"].max(axis=1) > 0).sum().item() == 2
+    mx.eval(model.parameters())
