@@ -282,7 +282,9 @@ def test_a_global_norm_that_is_not_finite(bad):
     np.testing.assert_array_equal(each["b"], [1.0])  # its own norm is fine
 
 
-@pytest.mark.parametrize("wrap", [ClipByValue, ClipByNorm, ClipByGlobalNorm])
+@pytest.mark.parametrize(
+    "wrap", [ClipByValue, ClipByNorm, ClipByGlobalNorm, lambda o, limit: ClipByGlobalNorm(o, limit, rule="torch")]
+)
 def test_what_is_within_the_limit_stays_bit_for_bit_and_0_and_none_are_off(wrap):
     g = {"w": mx.array([0.1, -0.7, 1e-30, 0.3]), "zero": mx.zeros((3,))}
     for limit in (0, None, 3.7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +46,7 @@ class Model(nn.Module):
         self.frozen = nn.Linear(2, 2)
         self.frozen.freeze()
         self.steps = mx.array([1, 2])
+        self.sizes = [3, 2]
         self._hidden = mx.ones((2,))
 
 
@@ -388,12 +390,21 @@ def keras_max_norm(w, limit, axis):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 def test_constraints(constraint, rule, dtype):
     start = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32) * 3
+    start[:, 1] *= 0.01  # within the limit
+    start[2] *= 0.01
+    start[0, 0] = 400.0  # its square overflows fp16
     w = mx.array(start).astype(dtype)
     optimizer = Constraint(optim.SGD(0.0), {"w": constraint})
     got = optimizer.apply_gradients({"w": mx.zeros_like(w)}, {"w": w})["w"]
     assert got.dtype == dtype
     tolerance = 1e-6 if dtype == mx.float32 else 1e-3
     np.testing.assert_allclose(to_numpy(got), rule(to_numpy(w)), rtol=tolerance, atol=tolerance)
+
+
+def test_a_weight_within_the_limit_keeps_its_norm_and_zeros_stay_zeros():
+    w = mx.array([[0.3, 0.0], [0.4, 0.0]])
+    got = Constraint(optim.SGD(0.0), {"*": MaxNorm(1.0)}).apply_gradients({"w": w}, {"w": w})["w"]
+    np.testing.assert_allclose(got, w, rtol=1e-6)
 
 
 def test_scalars_have_a_norm_too():
@@ -457,3 +468,15 @@ def test_the_order_of_the_wrappers_is_the_order_of_the_rules():
         new = optimizer.apply_gradients(g, w)
         new = optimizer.apply_gradients({"w": mx.array([0.0, -10.0])}, new)
         np.testing.assert_allclose(new["w"], want, rtol=1e-5)
+
+
+def test_the_code_of_the_documentation_runs():
+    page = (Path(__file__).parents[1] / "docs" / "wrappers.md").read_text(encoding="utf-8")
+    model = nn.Linear(2, 2)
+    before, evaluated = model.weight, []
+    gradients = {"weight": mx.ones((2, 2)), "bias": mx.ones((2,))}
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"model": model, "gradients": gradients, "evaluate": lambda m: evaluated.append(m.weight)}
+    for _ in range(4):
+        exec(code, names)  # builds the optimizer anew: each run is the first call of a window
+    assert len(evaluated) == 4 and mx.array_equal(model.weight, before)

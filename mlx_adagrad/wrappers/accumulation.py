@@ -64,6 +64,7 @@ class GradientAccumulation(Wrapper):
         sums = mapped(lambda keys, _: totals[name(keys)], gradients)
         new = super().apply_modified(sums, parameters, mean.gated(due))
         self._restart(totals, due, modifiers)
+        # where it is known, a constant: reading it at the next call waits for nothing
         self._keep(modifiers, calls=calls + 1 if known is None else mx.array(known + 1, mx.uint64))
         return new
 

@@ -1,4 +1,7 @@
-"""What wrappers ask of a whole gradient: its norm, and whether it is finite. In fp32 or wider, in one pass."""
+"""What wrappers ask of a whole gradient: its norm, and whether it is finite. In fp32 or wider, in one pass.
+
+Row-sparse gradients come :func:`coalesced`.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def coalesced(gradients: Any) -> Any:
 
 
 def _values(g: mx.array | RowSparse) -> mx.array:
-    return g.coalesce().values if isinstance(g, RowSparse) else g
+    return g.values if isinstance(g, RowSparse) else g
 
 
 def _square_sum(keys: Keys, g: mx.array | RowSparse, modifiers: Modifiers) -> mx.array:
