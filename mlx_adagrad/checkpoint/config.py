@@ -1,0 +1,87 @@
+"""What an optimizer is apart from its state: hyperparameters as JSON, and where two of them differ, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from mlx.optimizers import Optimizer
+
+from ..adagrad import Adagrad
+from ..groups import Groups
+
+RATES = ("learning_rate", "lr")  # as numbers these are state, restored from the arrays of a checkpoint
+HOW_NOT_WHAT = ("owner", "on_skip")  # these do not change what is computed
+
+
+def describe(value: Any) -> Any:
+    """``value`` as JSON: an optimizer's ``get_config()`` if it has one, else its attributes; a function by its name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a number of MLX or numpy
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): describe(child) for key, child in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return [describe(child) for child in value]
+    config = own_config(value)
+    if config is not None:
+        return describe(config)
+    named = attributes(value)
+    if named is not None:
+        return {"class": type(value).__name__} | {k: describe(v) for k, v in named.items() if k not in HOW_NOT_WHAT}
+    return {"callable" if callable(value) else "object": getattr(value, "__qualname__", type(value).__name__)}
+
+
+def own_config(value: Any) -> dict[str, Any] | None:
+    """What ``value.get_config()`` returns, and None without one or where a function in it cannot be saved."""
+    if isinstance(value, type) or not callable(getattr(value, "get_config", None)):
+        return None
+    try:
+        return value.get_config()
+    except TypeError:
+        return None
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The hyperparameters among the attributes of an optimizer, a dataclass or a named tuple; None for other things."""
+    if isinstance(value, Groups):
+        return {"groups": value.groups, "weight_decay_mask": value.decays}
+    if isinstance(value, Adagrad):
+        # not whether it is fused or differentiable: that does not change what is computed
+        named = {"rule": value.rule, "accumulator": value.accumulator, "groups": value.groups}
+    elif isinstance(value, Optimizer):
+        named = {k: v for k, v in vars(value).items() if not k.startswith("_") or isinstance(v, Optimizer)}
+    elif hasattr(value, "_asdict"):
+        return value._asdict()
+    elif is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        return None
+    return named | {name: getattr(rate, "given", rate) for name, rate in value._schedulers.items()}
+
+
+def differences(saved: Any, own: Any, path: str = "") -> Iterator[str]:
+    """Where the configuration in a file differs from that of an optimizer, in words."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        for key in {**saved, **own}:
+            yield from differences(saved.get(key), own.get(key), f"{path}.{key}" if path else key)
+    elif isinstance(saved, list) and isinstance(own, list):
+        if len(saved) != len(own):
+            yield f"'{path}' has {len(saved)} entries in the file but {len(own)} here"
+        for i, (theirs, ours) in enumerate(zip(saved, own, strict=False)):
+            yield from differences(theirs, ours, f"{path}[{i}]")
+    elif saved != own and not (is_rate(path) and is_number(saved) and is_number(own)):
+        yield f"'{path}' is {saved!r:.120} in the file but {own!r:.120} here"
+
+
+def is_rate(path: str) -> bool:
+    """Whether ``path`` leads to the learning rate of an optimizer or a group, not to a number inside a schedule."""
+    *parents, last = path.split(".")
+    return last in RATES and not any(parent in RATES for parent in parents)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a configured learning rate is no schedule."""
+    return value is None or isinstance(value, int | float)

@@ -1,0 +1,87 @@
+"""What every dialect comes down to: another framework's state by parameter, and which of them is which here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+
+from .safetensors import Entry
+
+# Ours for theirs: {their index or name: our path, or (our path, order of the axes)}, or our paths in their order.
+Names: TypeAlias = "Mapping[Any, str | tuple[str, Sequence[int]]] | Sequence[str | tuple[str, Sequence[int]] | None]"
+Key: TypeAlias = Any  # an index or a name
+Matched: TypeAlias = "dict[str, tuple[Key, tuple[int, ...] | None]]"  # our path: their parameter and its axes
+
+LARGEST_RATE = 3.4e38  # of fp32
+V, AVERAGE, GRADIENT = "v", "average", "gradient"  # the kinds of arrays that go with a parameter
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another framework.
+
+    Args:
+        tensors: For each parameter, in their order, what it has, by kind.
+        steps: Updates made, in all or by parameter.
+        rates: Learning rates in force, by parameter.
+        options: Hyperparameters that must be the same here, by parameter.
+        counters: What wrappers keep beside: the wrapper's class, the key in its own state, the value.
+
+    Raises:
+        ValueError: If an array has no floating dtype, a count or a learning rate is negative or far too large.
+    """
+
+    tensors: dict[Key, dict[str, Entry]]
+    steps: int | dict[Key, int]
+    rates: dict[Key, float] = field(default_factory=dict)
+    options: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    counters: list[tuple[type, str, mx.array]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for key, kinds in self.tensors.items():
+            for kind, entry in kinds.items():
+                if not mx.issubdtype(entry.dtype, mx.inexact):
+                    raise ValueError(f"the {kind} of {key!r:.80} is {entry.dtype}")
+        for step in self.steps.values() if isinstance(self.steps, dict) else [self.steps]:
+            if not 0 <= step < 2**63:
+                raise ValueError(f"a step count of {step} cannot be")
+        for key, rate in self.rates.items():
+            if not 0 <= rate <= LARGEST_RATE:
+                raise ValueError(f"the learning rate of {key!r:.80} is {rate}")
+
+
+def match(theirs: Iterable[Key], ours: Iterable[str], names: Names | None) -> Matched:
+    """Their parameter and the order of its axes, for each path of ours: by name where all are the same, else in order.
+
+    Raises:
+        ValueError: If a path has no counterpart, or ``names`` holds an unknown one or anything twice.
+    """
+    theirs, ours = list(theirs), list(ours)
+    if names is None:
+        names = {path: path for path in ours} if set(theirs) == set(ours) else ours
+    if not isinstance(names, Mapping):
+        if len(names) != len(theirs):
+            raise ValueError(f"it has {len(theirs)} parameters ({few(theirs)}) for {len(names)} here ({few(names)})")
+        names = {key: path for key, path in zip(theirs, names, strict=True) if path is not None}
+    matched: Matched = {}
+    for key, value in names.items():
+        path, axes = (value, None) if isinstance(value, str) else value
+        for name, known, whose in ((key, theirs, "in the file"), (path, ours, "of the optimizer")):
+            if name not in known:
+                raise ValueError(f"'names' has {name!r}, which is no parameter {whose} ({few(known)})")
+        if path in matched:
+            raise ValueError(f"'names' has {path!r} twice")
+        matched[path] = key, None if axes is None else tuple(axes)
+    lacking = [path for path in ours if path not in matched]
+    if lacking:
+        raise ValueError(f"'names' lacks {few(lacking)}")
+    return matched
+
+
+def few(names: Iterable[Any]) -> str:
+    """Some of many names, for an error message."""
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
