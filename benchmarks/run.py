@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dense
+import rows
 from report import bullets, machine, options
 
-SCRIPTS = (dense,)
+SCRIPTS = (dense, rows)
 
 
 def main() -> None:

@@ -159,6 +159,86 @@ def test_a_mac_also_measures_the_operations_and_the_share_of_its_bandwidth(mac, 
     assert mac.machine()["memory bandwidth"].startswith("300 GB/s")
 
 
+def rows_in_float64(steps, problem, row_wise: bool, count: int) -> np.ndarray:
+    """The table after ``count`` steps of the mean squared distance of its rows from those wanted."""
+    block, wanted = (np.array(array, np.float64) for array in steps.arrays(problem))
+    w, generator = np.tile(block, (problem.rows // len(block), 1)), np.random.default_rng(0)
+    v = np.zeros((problem.rows, 1 if row_wise else problem.columns))
+    for _ in range(count):
+        ids, g = generator.integers(problem.rows, size=problem.look_ups, dtype=np.int32), np.zeros_like(w)
+        np.add.at(g, ids, 2 * (w[ids] - wanted) / wanted.size)
+        v += (g * g).mean(axis=1, keepdims=True) if row_wise else g * g
+        w -= steps.LEARNING_RATE * g / (np.sqrt(v) + steps.EPS)
+    return w
+
+
+def test_every_candidate_of_rows_takes_the_same_step(benchmark):
+    steps = benchmark("row_steps")
+    problem = steps.Problem(rows=2000, look_ups=300, columns=4)
+    found = steps.candidates(problem)
+    assert {steps.SPARSE, steps.ROW_WISE, steps.COMPILED, steps.DENSE, steps.STOCK} <= set(found)
+    for name, candidate in found.items():
+        step = candidate.setup()
+        got = np.asarray([step()["weight"] for _ in range(4)][-1])
+        expected = rows_in_float64(steps, problem, name == steps.ROW_WISE, 4)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_rows_measures_what_fits_in_memory_and_in_time(benchmark):
+    steps = benchmark("row_steps")
+    problem = steps.Problem(1000)
+    kinds = {"flat": (2, 0), "copies": (2, 2), "small": (1, 0)}
+    found = {name: steps.Candidate(lambda: lambda: None, *tables) for name, tables in kinds.items()}
+
+    def chosen(tables: float, last=None):
+        measured, skipped = steps.choose(problem, found, last or {}, tables * problem.table_bytes)
+        assert measured.keys() | skipped.keys() == found.keys() and not measured.keys() & skipped.keys()
+        return list(measured), skipped
+
+    assert chosen(7) == (["flat", "copies", "small"], {})
+    fits_not = {"copies": "does not fit in memory beside the others"}
+    assert chosen(6.9) == (["flat", "copies"], {"small": fits_not["copies"]})
+    assert chosen(5.9) == (["flat", "small"], fits_not)
+    slow = {"rows": 100, "results": {name: {"seconds": (0.1, 0.6, 0.9)} for name in found}, "skipped": {}}
+    assert chosen(7, slow) == (["flat", "small"], {"copies": "a step would take about 6 s"})
+    assert chosen(7, slow | {"skipped": fits_not}) == (["flat", "small"], fits_not)
+    fast = {"rows": 100, "results": {name: {"seconds": (0.1, 0.4, 0.9)} for name in found}, "skipped": {}}
+    assert chosen(7, fast) == (["flat", "copies", "small"], {})
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "stock", "torch", "extra", "expected"),
+    [
+        (100, 129, 80, 130, 0.02, ["yes", "yes", "yes", "yes", "yes"]),
+        (10, 13.9, 79, 13.8, 0.021, ["yes", "no", "no", "no", "yes"]),
+        (10, 14.1, 81, None, 0.01, ["no", "yes", "", "yes", "yes"]),
+        (10, 1000, None, 2000, 0.01, ["no", "", "yes", "yes", "yes"]),
+    ],
+)
+def test_targets_are_judged_by_what_was_measured(benchmark, monkeypatch, small, large, stock, torch, extra, expected):
+    rows, steps, timing = (benchmark(name) for name in ("rows", "row_steps", "timing"))
+    problems = steps.Problem(1000), steps.Problem(100_000)
+    found = [steps.SPARSE, *([] if torch is None else [steps.TORCH, steps.TORCH_SINGLE])]
+    monkeypatch.setattr(rows, "candidates", lambda problem: dict.fromkeys(found, steps.Candidate(lambda: None, 2, 0)))
+    seconds = {
+        steps.SPARSE: [large, large, 3 * large],
+        f"{steps.SPARSE}, 1,000 rows": [small, small, 3 * small],
+        steps.TORCH: [9000, 9000, 9000],
+        steps.TORCH_SINGLE: [torch, torch, torch],
+    }
+    measured = timing.Comparison({name: [1e-3 * s for s in times if s] for name, times in seconds.items()}, {})
+    asked = []
+    monkeypatch.setattr(rows, "compare", lambda setups, **budget: asked.append(list(setups)) or measured)
+    result = {"extra bytes": extra * problems[1].table_bytes, "extra tables": extra}
+    if stock is not None:
+        result[f"speedup over {steps.STOCK}"] = timing.Quartiles(stock - 1, stock, stock + 1)
+    judged = rows.targets(*problems, {"results": {steps.SPARSE: result}}, rows.options(None, ["--quick"]))
+    assert asked == [[*found, f"{steps.SPARSE}, 1,000 rows"]]
+    lines = rows.target_table(judged).splitlines()[4:]
+    assert [line.split("|")[-2].strip() for line in lines] == expected
+    assert f"{large / small:.3g}x" in lines[0] and f"{large - small:+.2f} ms" in lines[0] and "1/64" in lines[4]
+
+
 def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--quick", "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -175,6 +255,16 @@ def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
             assert (result["extra copies of the parameters"] is None) == name.startswith("torch")
         assert case["results"]["stock eager"]["speedup over stock eager"] == [1.0, 1.0, 1.0]
         assert f"### {case['case']} " in done.stdout or f"| {case['elements']:,} |" in done.stdout
-    png = (tmp_path / "out" / "dense.png").read_bytes()
-    assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dense.json", "dense.png"]
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert rows["machine"] == results["machine"] and [case["rows"] for case in rows["sweep"]] == [1000, 10_000]
+    for case in rows["sweep"]:
+        assert case["rounds"] == 3 and not case["skipped"]
+        assert f"\n| {case['rows']:,} | {1e3 * case['results']['ours sparse']['seconds'][1]:.3g} | " in done.stdout
+        assert all(r["extra bytes"] > 0 < r["seconds"][0] for r in case["results"].values())
+    tables = {name: result["extra tables"] for name, result in rows["sweep"][1]["results"].items()}
+    assert max(tables["ours sparse"], tables["ours row-wise"]) < 0.05 and tables["stock"] > 2
+    assert len(rows["targets"]) == 5 and all(f"| {target['what']} |" in done.stdout for target in rows["targets"])
+    for name in ("dense.png", "rows.png"):
+        png = (tmp_path / "out" / name).read_bytes()
+        assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dense.json", "dense.png", "rows.json", "rows.png"]
