@@ -12,7 +12,7 @@ struct AdagradScalars {
   bool apply;
 };
 
-// rule.SMALLEST_NORMAL: keeps 0/0 out of the update.
+// rule.SMALLEST_NORMAL: stands in for a v of 0, and so keeps 0/0 out of the update.
 constant constexpr float ADAGRAD_SMALLEST_NORMAL = 1.17549435e-38f;
 
 // The gradient that Adagrad squares: unscaled, clipped, turned round for maximize, then decayed.
@@ -43,7 +43,7 @@ inline float adagrad_denominator(float v, const thread AdagradScalars& s) {
   if (EPS_IS_ZERO && v == 0.0f) {
     return INFINITY;
   }
-  float root = metal::precise::sqrt(v < ADAGRAD_SMALLEST_NORMAL ? ADAGRAD_SMALLEST_NORMAL : v);
+  float root = metal::precise::sqrt(v == 0.0f ? ADAGRAD_SMALLEST_NORMAL : v);
   return EPS_INSIDE_SQRT ? root : root + s.eps;
 }
 

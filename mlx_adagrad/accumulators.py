@@ -90,4 +90,6 @@ class RowWise(Dense):
     def pool(self, square: mx.array) -> mx.array:
         if square.ndim < 2:
             return square
+        if square.size == 0:  # rows without elements have no mean
+            return mx.zeros(square.shape[:1] + (1,) * (square.ndim - 1), square.dtype)
         return mx.mean(square, axis=tuple(range(1, square.ndim)), keepdims=True)

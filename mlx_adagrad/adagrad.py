@@ -56,7 +56,8 @@ class Adagrad(Configurable, Optimizer):
         eps_inside_sqrt (bool): Divide by :math:`\sqrt{v + \epsilon}` (Keras 3, optax). Default: ``False``.
         accumulator (Dense or RowWise, optional): How :math:`v` is stored. Default: :class:`~mlx_adagrad.Dense`.
         fused (bool, optional): ``None``: the Metal kernel when the default device is the GPU, asked at each call, else
-            MLX operations; ``False``: always operations; ``True``: the kernel or a RuntimeError. Default: ``None``.
+            MLX operations; ``False``: always operations; ``True``: the kernel or a RuntimeError. The kernel takes no
+            ``mx.vmap`` and no ``mx.compile(shapeless=True)``: use ``False`` there. Default: ``None``.
         differentiable (bool): Let gradients flow through a *fused* update too, second order included; such a step
             cannot be exported. Without the kernel an update always is differentiable, except for a row-sparse gradient.
             Default: ``False``.
@@ -108,7 +109,7 @@ class Adagrad(Configurable, Optimizer):
             initial_accumulator_value=initial_accumulator_value,
             maximize=maximize,
         )
-        parsed = Groups(rule, groups, weight_decay_mask)
+        parsed = Groups(rule, groups, weight_decay_mask, eps_must_be_positive=True)
         self._setup(learning_rate, parsed, accumulator, fused, differentiable, lazy)
 
     @classmethod
@@ -154,6 +155,7 @@ class Adagrad(Configurable, Optimizer):
         self.fused = fused
         self.differentiable = differentiable
         self.lazy = lazy
+        self._in_progress: tuple[tuple[Any, ...], Step, bool] | None = None
         self._set_rate(rate)
         groups.states(self.state)
 
@@ -233,18 +235,27 @@ class Adagrad(Configurable, Optimizer):
         leaves = collect(gradients, parameters, self.state, self.accumulator, check)
         if modifiers.apply is False:
             return rebuild(gradients, parameters, (w for _, w, _, _ in leaves))
+        if self.groups:
+            for _, w, _, keys in leaves:
+                self.groups.resolve(dotted(keys), w)  # runs the user's predicates, which may raise
+        rates = self._scheduled_rates(modifiers)
         states = [self._state_of(leaf, gradients) for leaf in leaves]
         self._initialized = True
-        step = self._advance(modifiers)
+        step = self._advance(rates, modifiers)
         return rebuild(gradients, parameters, iter(self._update_all(leaves, states, step, fused)))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
+        if self._in_progress is not None:  # a subclass has overridden this and calls it for a leaf of a step
+            keys, step, fused = self._in_progress
+            return self._update((gradient, parameter, state, keys), state, step, fused)
         before = mx.maximum(self.step, 1) - 1
         step = Step(self.accumulator, self._group_rate, before, Modifiers())
         return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
     def _update_all(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+        if type(self).apply_single is not Adagrad.apply_single:
+            return self._update_singly(leaves, states, step, fused)
         updated: list[Any] = [None] * len(leaves)
         small: dict[Any, list[int]] = {}
         for i, (g, w, _, _) in enumerate(leaves):
@@ -262,6 +273,17 @@ class Adagrad(Configurable, Optimizer):
             tensors = [(leaves[i][1], leaves[i][0], states[i]["v"]) for i in indices]
             for i, (w, v) in zip(indices, plan.functions.update_many(tensors, plan.scalars), strict=True):
                 updated[i], states[i]["v"] = w, v
+        return updated
+
+    def _update_singly(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+        # MLX's documented point of extension
+        updated = []
+        try:
+            for (g, w, _, keys), state in zip(leaves, states, strict=True):
+                self._in_progress = keys, step, fused
+                updated.append(self.apply_single(g, w, state))
+        finally:
+            self._in_progress = None
         return updated
 
     def _update(self, leaf: Leaf, state: dict, step: Step, fused: bool) -> mx.array:
@@ -293,18 +315,21 @@ class Adagrad(Configurable, Optimizer):
             step.shared[w.dtype] = plan
         return plan
 
-    def _advance(self, modifiers: Modifiers) -> Step:
-        """Run the schedules and count the step, both only where the step happens."""
-        before = self.step
-        scheduled = [(self.state, name, schedule) for name, schedule in self._schedulers.items()]
+    def _scheduled_rates(self, modifiers: Modifiers) -> list[tuple[dict, str, mx.array]]:
+        """Where in the state each schedule writes, and what; a schedule may raise, so nothing is written yet."""
+        calls = self.step if modifiers.calls is None else modifiers.calls
+        rates = [(self.state, name, schedule(calls)) for name, schedule in self._schedulers.items()]
         for group, entry in zip(self.groups.groups, self.groups.states(self.state), strict=True):
             if callable(group.lr):
-                scheduled.append((entry, "learning_rate", group.lr))
-        for entry, name, schedule in scheduled:
-            rate = schedule(before if modifiers.calls is None else modifiers.calls)
+                rates.append((entry, "learning_rate", group.lr(calls)))
+        return rates
+
+    def _advance(self, rates: list[tuple[dict, str, mx.array]], modifiers: Modifiers) -> Step:
+        """Write the rates and count the step, both only where the step happens."""
+        for entry, name, rate in rates:
             entry[name] = rate if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, rate, entry[name])
-        step = Step(self.accumulator, self._group_rate, before, modifiers)
-        self.state["step"] = before + step.counted
+        step = Step(self.accumulator, self._group_rate, self.step, modifiers)
+        self.state["step"] = self.step + step.counted
         return step
 
     def _group_rate(self, group: int | None) -> mx.array:
@@ -326,6 +351,8 @@ class Adagrad(Configurable, Optimizer):
         state = state or slot(self.state, gradients, keys)
         if "v" not in state:
             self.init_single(w, state)
+        if self.rule.step_per_parameter and "step" not in state:
+            state["step"] = self.step  # state from elsewhere counted the steps of all
         return state
 
     def _check_fused(self, leaf: Leaf) -> None:

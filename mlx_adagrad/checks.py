@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 from typing import Any
+
+# The numbers of a step are fp32.
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def real(owner: str, name: str, value: Any) -> float:
@@ -17,9 +19,9 @@ def real(owner: str, name: str, value: Any) -> float:
 def non_negative(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a finite float >= 0, or raise ValueError naming the argument."""
     number = real(owner, name, value)
-    if math.isfinite(number) and number >= 0:
+    if 0 <= number <= LARGEST_FLOAT32:
         return number
-    wanted = "non-negative" if number < 0 else "finite"
+    wanted = "non-negative" if number < 0 else "finite in fp32"
     raise ValueError(f"[{owner}] '{name}' must be {wanted} but got {number}.")
 
 

@@ -27,7 +27,13 @@ class Group(NamedTuple):
 
     def matches(self, path: str, parameter: mx.array) -> bool:
         """Whether the parameter at ``path`` belongs to this group."""
-        return any(p(path, parameter) if callable(p) else fnmatchcase(path, p) for p in self.patterns)
+        return any(_matches(pattern, path, parameter) for pattern in self.patterns)
+
+
+def _matches(pattern: str | Predicate, path: str, parameter: mx.array) -> bool:
+    if callable(pattern):
+        return pattern(path, parameter)
+    return path == pattern or fnmatchcase(path, pattern)  # an exact path may hold brackets
 
 
 class Groups:
@@ -39,6 +45,7 @@ class Groups:
             ``lr_decay``, ``eps``, ``weight_decay`` and ``maximize``.
         decays: Predicate on (path, array): whether a parameter is subject to weight decay. Default: every one is.
         ignored_keys: Further keys, of numbers >= 0, that a group may have without effect.
+        eps_must_be_positive: Refuse a group with an eps of 0 where ``v`` starts from 0.
 
     Raises:
         ValueError: For an unknown key, a missing ``params``, a pattern given twice, or a bad hyperparameter.
@@ -51,15 +58,17 @@ class Groups:
         entries: Iterable[dict[str, Any]] | None = None,
         decays: Predicate | None = None,
         ignored_keys: tuple[str, ...] = (),
+        eps_must_be_positive: bool = False,
     ):
         if decays is not None and not callable(decays):
             raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {decays!r}.")
         self.default = rule
         self.decays = decays
         self.ignored_keys = ignored_keys
+        self.eps_must_be_positive = eps_must_be_positive
         self.groups: list[Group] = []
         self._resolved: dict[str, tuple[int | None, Rule]] = {}
-        self._undecayed: dict[int, Rule] = {}
+        self._undecayed: dict[int | None, Rule] = {}
         self.unmatched: set[int] = set()
         for entry in [] if entries is None else entries:
             self.add(entry)
@@ -93,6 +102,8 @@ class Groups:
             raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
         patterns = self._patterns(entry["params"], owner)
         rule = replace(self.default, owner=owner, **{k: entry[k] for k in RULE_KEYS if k in entry})
+        if rule.eps == 0 and not rule.initial_accumulator_value and self.eps_must_be_positive:
+            raise ValueError(f"[{owner}] 'eps' should be >0 unless initial_accumulator_value is, but got {rule.eps}.")
         lr = entry.get("lr")
         return Group(patterns, rule, None if lr is None else rates.parse(owner, "lr", lr))
 
@@ -114,7 +125,7 @@ class Groups:
             index = next((i for i, group in enumerate(self.groups) if group.matches(path, parameter)), None)
             rule = self.default if index is None else self.groups[index].rule
             if self.decays is not None and not self.decays(path, parameter):
-                rule = self._undecayed.setdefault(id(rule), replace(rule, weight_decay=0.0))
+                rule = self._undecayed.setdefault(index, replace(rule, weight_decay=0.0))
             own_lr = index is not None and self.groups[index].lr is not None
             self._resolved[path] = (index if own_lr else None, rule)
         return self._resolved[path]
@@ -127,6 +138,10 @@ class Groups:
         if not self.groups:
             return []
         entries = state.setdefault("_mlx_adagrad", {}).setdefault("groups", [])
+        if len(entries) > len(self.groups):
+            raise ValueError(
+                f"[{self.default.owner}] the state is that of {len(entries)} groups, but there are {len(self.groups)}."
+            )
         entries.extend({} for _ in self.groups[len(entries) :])
         for group, entry in zip(self.groups, entries, strict=True):
             if group.lr is not None and "learning_rate" not in entry:

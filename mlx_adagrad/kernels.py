@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -46,7 +46,7 @@ def require() -> None:
             launch(Form(*(False for _ in Form._fields)), zeros, zeros, zeros, numbers.row())
             return
         except RuntimeError as error:
-            reason = str(error)
+            reason = str(error).rstrip(".")
     raise RuntimeError(f"[Adagrad] 'fused=True' needs a Metal GPU: {reason}. Use fused=None to fall back by itself.")
 
 
@@ -125,7 +125,8 @@ def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any
 @cache
 def source(name: str) -> str:
     """The text of ``metal/<name>.metal``."""
-    return (Path(__file__).parent / "metal" / f"{name}.metal").read_text(encoding="utf-8")
+    with open(os.path.join(os.path.dirname(__file__), "metal", f"{name}.metal"), encoding="utf-8") as file:
+        return file.read()
 
 
 def differentiable_launch(plan: Plan, w: mx.array, g: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:

@@ -62,7 +62,7 @@ def _collect(g_tree: Any, w_tree: Any, state: Any, keys: tuple, accumulator: Den
             _collect(g, w, own, (*keys, key), accumulator, leaves)
             continue
         leaf = (g, w, own, (*keys, key))
-        usual = plain and own and kind is type(w) and w.dtype in _USUAL and g.dtype in _USUAL
+        usual = plain and kind is type(w) and w.dtype in _USUAL and g.dtype in _USUAL
         if not (usual and type(own) is dict and "v" in own and w.shape == g.shape == own["v"].shape):
             check_leaf(accumulator, leaf)
         leaves.append(leaf)
@@ -118,9 +118,7 @@ def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[s
 
 
 def rebuild(gradients: Any, parameters: Any, updated: Iterator[mx.array]) -> Any:
-    """A tree in the shape of ``gradients`` with the updated arrays; an absent gradient's parameter comes back as it
-    is.
-    """
+    """A tree in the shape of ``gradients`` with the updated arrays; for a None the parameter comes back as it is."""
     if isinstance(gradients, dict):
         array = mx.array
         new = {
@@ -133,7 +131,8 @@ def rebuild(gradients: Any, parameters: Any, updated: Iterator[mx.array]) -> Any
 
 def _rebuilt(gradient: Any, parameter: Any, updated: Iterator[mx.array]) -> Any:
     if is_absent(gradient):
-        return parameter if isinstance(parameter, mx.array) or gradient is None else gradient
+        # a hole stays one, as in MLX's own optimizers: MultiOptimizer merges trees by their holes
+        return parameter if gradient is None else gradient
     if isinstance(gradient, _CONTAINERS):
         return rebuild(gradient, parameter, updated)
     return next(updated)
@@ -155,7 +154,7 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is complex64 but the parameter {w.dtype}.")
     if isinstance(g, RowSparse) and w.dtype == mx.complex64:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is row-sparse but the parameter complex64.")
-    if not state:
+    if state is None or (isinstance(state, _CONTAINERS) and not state):
         return
     if not isinstance(state, dict):
         raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")

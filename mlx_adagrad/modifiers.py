@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
+from . import ops
+
 # One 0-d fp32 array for the whole tree, or one for each parameter path.
 Scalar: TypeAlias = "mx.array | dict[str, mx.array]"
 
@@ -83,7 +85,7 @@ class Modifiers:
         if low is None or high is None:
             return gradient
         if gradient.dtype == mx.complex64:  # two independent reals, as in the update
-            return _clip(mx.real(gradient), low, high) + 1j * _clip(mx.imag(gradient), low, high)
+            return ops.join(_clip(mx.real(gradient), low, high), _clip(mx.imag(gradient), low, high))
         return _clip(gradient, low, high)
 
 

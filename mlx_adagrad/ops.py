@@ -96,7 +96,14 @@ class Functions:
         g, v = g.astype(mx.complex64), v.astype(mx.complex64)
         parts = [self.both(part(w), part(g), part(v), scalars) for part in (mx.real, mx.imag)]
         (w_real, v_real), (w_imag, v_imag) = parts
-        return w_real + 1j * w_imag, v_real + 1j * v_imag
+        return join(w_real, w_imag), join(v_real, v_imag)
+
+
+def join(real: mx.array, imaginary: mx.array) -> mx.array:
+    """The complex64 array of two parts, each as it is: ``1j * inf`` would put a NaN into the other part."""
+    exact = mx.stack([real, imaginary], axis=-1).view(mx.complex64).squeeze(-1)
+    finite = mx.logical_and(mx.isfinite(real), mx.isfinite(imaginary))
+    return mx.where(finite, real + 1j * imaginary, mx.stop_gradient(exact))  # a view has no derivative
 
 
 def _computing(w: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:

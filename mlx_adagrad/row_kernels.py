@@ -82,7 +82,7 @@ class Functions:
         rows, columns = len(g), g[0].size
         names = ("v", "targets", "w_rows", "g", "live", "scalars")
         (moved,) = kernels._kernel("rows_moved", names, ("moved",))(
-            inputs=[v.reshape(-1), targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), self.row],
+            inputs=[v, targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), self.row],
             template=self.template,
             output_shapes=[(rows, columns)],
             output_dtypes=[self.w_dtype],

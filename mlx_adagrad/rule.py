@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from . import checks
 
-# The smallest normal numbers: a root of at least this keeps 0/0 and the derivative of sqrt at 0 out of the update,
-# and lies far below any eps that changes a result.
+# The smallest normal numbers stand in for a v of 0, which keeps the derivative of sqrt at 0, and 0/0, out of the
+# update: where v is 0, so is the gradient, and any positive root gives the same 0.
 SMALLEST_NORMAL = {mx.float32: 2.0**-126, mx.float64: 2.0**-1022}
 
 
@@ -143,8 +143,7 @@ def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
     """``sqrt(v) + eps`` or ``sqrt(v + eps)``; where eps and v are both 0 it is infinite, which makes the update 0."""
     if form.eps_inside_sqrt:
         v = v + s.eps
-    tiny = SMALLEST_NORMAL[v.dtype]
-    root = mx.sqrt(mx.where(v < tiny, tiny, v))
+    root = mx.sqrt(mx.where(v == 0, SMALLEST_NORMAL[v.dtype], v))
     if form.eps_is_zero:
         return mx.where(v == 0, float("inf"), root)
     return root if form.eps_inside_sqrt else root + s.eps

@@ -240,7 +240,14 @@ def test_learning_rate_is_settable():
 @pytest.mark.parametrize("name", ["learning_rate", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"])
 @pytest.mark.parametrize(
     "value, error",
-    [(-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("x", TypeError), (True, TypeError)],
+    [
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (1e39, ValueError),
+        (float("inf"), ValueError),
+        ("x", TypeError),
+        (True, TypeError),
+    ],
     ids=repr,
 )
 def test_bad_hyperparameters(name, value, error):
@@ -380,10 +387,104 @@ def test_absent_gradients(hole):
     for _ in range(2):
         new = optimizer.apply_gradients(gradients, params)
     assert {k for k, _ in tree_flatten(optimizer.state)} == {"step", "learning_rate", "l.1.v", "t.0.v", "n.y.v"}
-    assert mx.array_equal(new["l"][0], w) and not mx.array_equal(new["l"][1], w)
-    assert isinstance(new["t"], tuple) and mx.array_equal(new["n"]["x"], w)
+    if hole is None:  # the parameter as it is; a {} stays a hole, as in stock
+        assert mx.array_equal(new["l"][0], w) and mx.array_equal(new["n"]["x"], w)
+    else:
+        assert new["l"][0] == new["n"]["x"] == {}
+    assert isinstance(new["t"], tuple) and not mx.array_equal(new["l"][1], w)
     later = optimizer.apply_gradients({"l": [w]}, params)  # a shorter list, and a parameter that had no gradient yet
     assert set(later) == {"l"} and len(later["l"]) == 1 and "l.0.v" in dict(flat(optimizer.state))
+
+
+def test_a_list_of_arrays_split_by_a_multi_optimizer():
+    w = [mx.ones((2,)), mx.ones((2, 2))]
+    optimizer = optim.MultiOptimizer([Adagrad(0.1), optim.SGD(0.1)], [lambda path, g: g.ndim > 1])
+    new = optimizer.apply_gradients({"w": w}, {"w": w})
+    assert [x.shape for x in new["w"]] == [(2,), (2, 2)]
+
+
+def test_state_from_stock_takes_up_steps_per_parameter():
+    w, (g, *_) = tensors((3,))
+    stock = optim.Adagrad(0.1)
+    run(stock, w, [g, g])
+    optimizer = Adagrad.from_rule(0.1, Rule(step_per_parameter=True, lr_decay=0.5))
+    optimizer.state = as_state(tree_flatten(stock.state))
+    optimizer.apply_gradients({"w": g}, {"w": w})
+    assert to_numpy(optimizer.state["w"]["step"]) == 3
+
+
+def test_state_that_is_no_dict_is_refused():
+    optimizer = Adagrad(0.1)
+    for wrong in (mx.ones((3,)), mx.zeros((1,)), [mx.ones(())]):
+        optimizer.state["w"] = wrong
+        with pytest.raises(ValueError, match=r"\[Adagrad\] the state of 'w' must be a dict but got (array|list)"):
+            optimizer.apply_gradients({"w": mx.ones((3,))}, {"w": mx.ones((3,))})
+    assert optimizer.step.item() == 0
+
+
+def test_a_schedule_or_predicate_that_raises_changes_nothing():
+    rate = [0.1]
+    optimizer = Adagrad(lambda: rate[0], groups=[{"params": "b", "lr": optim.exponential_decay(0.1, 0.5)}])
+    rate[0] = -1.0
+    params = {"a": mx.ones((3,)), "b": mx.ones((3,))}
+    before = bits(optimizer.state)
+    with pytest.raises(ValueError, match="'learning_rate' must be non-negative"):
+        optimizer.apply_gradients(params, params)
+    assert bits(optimizer.state) == before
+    picky = Adagrad(0.1, weight_decay_mask=lambda path, w: {"a": True}[path])
+    with pytest.raises(KeyError):
+        picky.apply_gradients(params, params)
+    assert list(picky.state) == ["step", "learning_rate"]
+
+
+def test_a_subclass_may_override_apply_single():
+    class SignAdagrad(Adagrad):
+        def apply_single(self, gradient, parameter, state):
+            return super().apply_single(mx.sign(gradient), parameter, state)
+
+    w, gradients = tensors((6,))
+    groups = [{"params": "w", "lr": 0.2}]
+    got, v = run(SignAdagrad(0.1, lr_decay=0.5, groups=groups), w, gradients)
+    signs = [np.sign(to_numpy(g)) for g in gradients]
+    want_w, want_v = adagrad(to_numpy(w), signs, learning_rate=0.2, lr_decay=0.5)[-1]
+    assert_near(got, want_w)
+    assert_near(v, want_v)
+
+
+@pytest.mark.parametrize("eps", [1e-30, 1e-10])
+def test_a_tiny_eps_is_not_replaced(eps, cpu):
+    w, g = mx.ones((3,)), mx.full((3,), 1e-18)
+    assert_near(Adagrad(0.1, eps=eps).apply_gradients({"w": g}, {"w": w})["w"], 1 - 0.1 * 1e-18 / (1e-18 + eps))
+
+
+def test_a_complex_part_that_is_not_finite_leaves_the_other_alone():
+    w = mx.array([0j])
+    optimizer = Adagrad(0.1)
+    for _ in range(2):
+        w = optimizer.apply_gradients({"w": mx.array([1 + 1e20j])}, {"w": w})["w"]
+    want = adagrad([0.0], [[1.0], [1.0]])[-1]
+    assert_near(np.real(to_numpy(w)), want[0])
+    assert_near(np.real(to_numpy(optimizer.state["w"]["v"])), want[1])
+
+
+def test_rows_without_elements():
+    w = mx.ones((4, 0))
+    optimizer = Adagrad(0.1, accumulator=RowWise())
+    optimizer.apply_gradients({"w": w}, {"w": w})
+    assert mx.array_equal(optimizer.state["w"]["v"], mx.zeros((4,)))
+
+
+def test_groups_and_their_state():
+    with pytest.raises(ValueError, match=r"\[Adagrad groups\[0\]\] 'eps' should be >0"):
+        Adagrad(0.1, groups=[{"params": "a", "eps": 0.0}])
+    two = Adagrad(0.1, groups=[{"params": "a", "lr": 0.2}, {"params": "x[0]", "lr": 0.3}])
+    params = {"a": mx.ones((2,)), "x[0]": mx.ones((2,))}
+    new = two.apply_gradients(params, params)
+    assert_near(new["x[0]"], np.full(2, 0.7))
+    one = Adagrad(0.1, groups=[{"params": "a", "lr": 0.2}])
+    one.state = as_state(tree_flatten(two.state))
+    with pytest.raises(ValueError, match="the state is that of 2 groups, but there are 1"):
+        one.apply_gradients({"a": mx.ones((2,))}, {"a": mx.ones((2,))})
 
 
 def test_state_in_tuples_is_kept():
@@ -517,10 +618,19 @@ def test_nothing_is_evaluated_inside_the_update(cpu):
     assert mx.get_peak_memory() - before < 1_000_000
 
 
-def test_large_tensors_are_updated_in_place(cpu):
+@pytest.mark.parametrize(
+    "options, copies",
+    [
+        ({}, 0.1),
+        ({"weight_decay": 0.1, "decoupled_weight_decay": True, "lr_decay": 0.1, "maximize": True}, 0.1),
+        ({"weight_decay": 0.1}, 1.1),  # v reads w then, and w is still being read when it could be overwritten
+    ],
+    ids=["plain", "decoupled", "coupled"],
+)
+def test_large_tensors_are_updated_in_place(cpu, options, copies):
     n = 16_000_000
     params, g = {"w": mx.ones((n,))}, {"w": mx.ones((n,))}
-    optimizer = Adagrad(0.1, fused=False)
+    optimizer = Adagrad(0.1, fused=False, **options)
     for _ in range(2):
         params = optimizer.apply_gradients(g, params)
         mx.eval(params, optimizer.state)
@@ -529,7 +639,7 @@ def test_large_tensors_are_updated_in_place(cpu):
     before = mx.get_active_memory()
     params = optimizer.apply_gradients(g, params)
     mx.eval(params, optimizer.state)
-    assert mx.get_peak_memory() - before <= 0.1 * 4 * n
+    assert mx.get_peak_memory() - before <= copies * 4 * n
 
 
 def test_threads_have_streams_of_their_own(cpu):
@@ -617,12 +727,13 @@ print(params["w"].tolist(), params["b"][-1].item())
 
 
 @options
-def test_gradients_flow_through_an_update(options):
+@pytest.mark.parametrize("way", [{"fused": False}, {"differentiable": True}], ids=str)
+def test_gradients_flow_through_an_update(options, way):
     w, (g1, g2, *_) = tensors((5,), seed=7)
     g1, g2 = (mx.where(mx.abs(g) < 0.01, 0.5, g) for g in (g1, g2))
 
     def loss(lr, w, g):
-        optimizer = Adagrad(lr, **options)
+        optimizer = Adagrad(lr, **options, **way)
         params = {"w": w}
         for gradient in (g, g2):
             params = optimizer.apply_gradients({"w": gradient}, params)
@@ -648,14 +759,16 @@ def test_gradients_flow_through_an_update(options):
 
 def test_second_order_and_dead_elements():
     def loss(lr):
-        w = Adagrad(lr).apply_gradients({"w": mx.array([0.0, 1.0, 2.0])}, {"w": mx.ones((3,))})["w"]
+        w = Adagrad(lr, differentiable=True).apply_gradients({"w": mx.array([0.0, 1.0, 2.0])}, {"w": mx.ones((3,))})[
+            "w"
+        ]
         return mx.sum(w * w * w)
 
     second = mx.grad(mx.grad(loss))(mx.array(0.1))
     assert abs(second.item() - 2 * 6 * 0.9) < 1e-3  # d²/dlr² of 2 (1 - lr)³
 
     def through_gradient(g):
-        return mx.sum(Adagrad(0.1, eps=1e-3).apply_gradients({"w": g}, {"w": mx.ones((3,))})["w"])
+        return mx.sum(Adagrad(0.1, eps=1e-3, fused=False).apply_gradients({"w": g}, {"w": mx.ones((3,))})["w"])
 
     assert mx.all(mx.isfinite(mx.grad(through_gradient)(mx.array([0.0, 1.0, 2.0]))))
 
