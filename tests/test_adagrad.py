@@ -119,10 +119,10 @@ def test_layouts():
         "offset": base.reshape(-1)[1:12],
         "broadcast": mx.broadcast_to(base[0], (4, 8)),
     }
-    for name, w in views.items():
+    for w in views.values():
         for g in (w, mx.contiguous(w)):
             got, _ = run(Adagrad(0.1), w, [g, g])
-            assert_near(got, adagrad(to_numpy(w), [to_numpy(g)] * 2)[-1][0]), name
+            assert_near(got, adagrad(to_numpy(w), [to_numpy(g)] * 2)[-1][0])
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2), (5,), ()], ids=str)
@@ -410,13 +410,14 @@ def test_state_from_stock_takes_up_steps_per_parameter():
     optimizer = Adagrad.from_rule(0.1, Rule(step_per_parameter=True, lr_decay=0.5))
     optimizer.state = as_state(tree_flatten(stock.state))
     optimizer.apply_gradients({"w": g}, {"w": w})
-    assert to_numpy(optimizer.state["w"]["step"]) == 3
+    assert dict(flat(optimizer.state))["w.step"].item() == 3
 
 
 def test_state_that_is_no_dict_is_refused():
     optimizer = Adagrad(0.1)
+    state: Any = optimizer.state
     for wrong in (mx.ones((3,)), mx.zeros((1,)), [mx.ones(())]):
-        optimizer.state["w"] = wrong
+        state["w"] = wrong
         with pytest.raises(ValueError, match=r"\[Adagrad\] the state of 'w' must be a dict but got (array|list)"):
             optimizer.apply_gradients({"w": mx.ones((3,))}, {"w": mx.ones((3,))})
     assert optimizer.step.item() == 0
@@ -570,10 +571,10 @@ def test_compiled_equals_plain(options, initialised):
     plain, plain_state, _ = train(False)
     compiled, compiled_state, traces = train(True)
     assert traces == (1 if initialised else 2)
-    for (k, a), (_, b) in zip(tree_flatten(plain), tree_flatten(compiled), strict=True):
-        assert_near(a, to_numpy(b)), k
-    for (k, a), (_, b) in zip(tree_flatten(plain_state), tree_flatten(compiled_state), strict=True):
-        assert_near(a, to_numpy(b)), k
+    for (_, a), (_, b) in zip(tree_flatten(plain), tree_flatten(compiled), strict=True):
+        assert_near(a, to_numpy(b))
+    for (_, a), (_, b) in zip(tree_flatten(plain_state), tree_flatten(compiled_state), strict=True):
+        assert_near(a, to_numpy(b))
 
 
 def test_pure_compiled_step():
