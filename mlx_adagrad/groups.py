@@ -66,6 +66,7 @@ class Groups:
         self.decays = decays
         self.ignored_keys = ignored_keys
         self.eps_must_be_positive = eps_must_be_positive
+        self.mask_spares_groups = False  # MindSpore's mask holds only for what is in no group
         self.groups: list[Group] = []
         self._resolved: dict[str, tuple[int | None, Rule]] = {}
         self._undecayed: dict[int | None, Rule] = {}
@@ -124,7 +125,8 @@ class Groups:
         if path not in self._resolved:
             index = next((i for i, group in enumerate(self.groups) if group.matches(path, parameter)), None)
             rule = self.default if index is None else self.groups[index].rule
-            if self.decays is not None and not self.decays(path, parameter):
+            decays = None if index is not None and self.mask_spares_groups else self.decays
+            if decays is not None and not decays(path, parameter):
                 rule = self._undecayed.setdefault(index, replace(rule, weight_decay=0.0))
             own_lr = index is not None and self.groups[index].lr is not None
             self._resolved[path] = (index if own_lr else None, rule)

@@ -50,22 +50,20 @@ def as_array(owner: str, name: str, value: Any) -> mx.array:
 
 
 def _schedule(owner: str, name: str, function: Callable[..., Any]) -> Schedule:
-    if takes_step(function):
-        return CheckedSchedule(owner, name, function, function)
-    return CheckedSchedule(owner, name, function, lambda step: function())
+    return CheckedSchedule(owner, name, function, takes_step(function))
 
 
 @dataclass(frozen=True)
 class CheckedSchedule:
-    """A schedule whose result is checked; ``given`` is the callable that the user gave, for a checkpoint to name."""
+    """A schedule whose result is checked; ``given`` is the callable that the user gave, with the step or without."""
 
     owner: str
     name: str
     given: Callable[..., Any]
-    function: Callable[..., Any]
+    takes_step: bool
 
     def __call__(self, step: mx.array) -> mx.array:
-        return as_array(self.owner, self.name, self.function(step))
+        return as_array(self.owner, self.name, self.given(step) if self.takes_step else self.given())
 
 
 def is_keras_schedule(value: Any) -> bool:
@@ -77,11 +75,12 @@ def is_keras_schedule(value: Any) -> bool:
 
 
 def takes_step(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` can be called with one argument, the step; a Keras-style callable takes none."""
+    """Whether ``function`` takes the step; a Keras-style callable takes nothing, or nothing without a default."""
     try:
-        inspect.signature(function).bind(None)
+        signature = inspect.signature(function)
+        signature.bind(None)
     except TypeError:
         return False
     except ValueError:  # a builtin that tells no signature
         return True
-    return True
+    return any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in signature.parameters.values())

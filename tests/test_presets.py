@@ -395,7 +395,8 @@ ABSENT = [{"a": mx.array(1.0)}, {"a": mx.array(1.0), "b": None}, {"a": mx.array(
 def test_without_a_gradient_a_parameter_stays(name, options, absent):
     optimizer, w = make(name, **options), {"a": mx.array(1.0), "b": mx.array(2.0)}
     new = optimizer.apply_gradients(absent, w)
-    assert new["a"].item() != 1.0 and new.get("b", w["b"]).item() == 2.0
+    assert new["a"].item() != 1.0
+    assert new["b"] == {} if absent.get("b") == {} else new.get("b", w["b"]).item() == 2.0
     assert "v" not in optimizer.state.get("b", {})
     assert optimizer.step.item() == 1
 
@@ -496,3 +497,43 @@ def test_the_kernel_equals_the_operations(name, options, request):
     request.getfixturevalue("kernel_device")
     for got, want in zip(train(getattr(presets, name)(**options), 3), plain, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_mindspore_nn_exempts_names_of_ungrouped_parameters_only():
+    w = {name: mx.array([1.0]) for name in ("gamma", "beta", "weight", "norm.gamma")}
+    for late in (False, True):
+        optimizer = presets.mindspore_nn(accum=1.0, learning_rate=1.0, weight_decay=0.5)
+        if late:
+            optimizer.apply_gradients({"weight": mx.array([0.0])}, w)
+        optimizer.add_group({"params": "gamma"})
+        optimizer.add_group({"params": ["weight"], "weight_decay": 0.25})
+        new = optimizer.apply_gradients({name: mx.array([0.0]) for name in w}, w)
+        assert new["gamma"].item() == pytest.approx(1 - 0.5 / math.sqrt(1.25))
+        assert new["beta"].item() == new["norm.gamma"].item() == 1.0
+        assert new["weight"].item() < 1.0
+
+
+def test_a_mask_of_keras_can_be_compared_and_shown():
+    masks = [presets.keras(exclude_from_weight_decay=names).groups.decays for names in (["a"], ("a",), ["c"])]
+    assert masks[0] == masks[1] != masks[2]
+    assert "'a'" in repr(masks[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments_are_refused_with_the_name(name):
+    with pytest.raises(TypeError, match=rf"^\[presets\.{name}\] got an unexpected keyword argument 'foreach'\.$"):
+        make(name, foreach=True)
+
+
+@pytest.mark.parametrize("name", ["torch", "mindspore"])
+@pytest.mark.parametrize("groups", [5, "*", {"params": "*"}])
+def test_groups_that_are_no_list_are_refused(name, groups):
+    with pytest.raises(TypeError, match=rf"^\[presets\.{name}\] 'groups' must be a list of dicts but got"):
+        make(name, groups=groups)
+
+
+def test_a_callable_whose_parameters_have_defaults_takes_no_step():
+    for rate in (lambda lr=0.5: lr, lambda lr=0.5, **options: lr):
+        assert one_step(presets.torch(rate), 1.0, 1.0) == pytest.approx(0.5)
+    assert one_step(presets.torch(lambda step, lr=0.5: lr + step), 1.0, 1.0) == pytest.approx(0.5)
+    assert one_step(presets.torch(lambda *steps: 0.5 * len(steps)), 1.0, 1.0) == pytest.approx(0.5)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -37,6 +38,18 @@ MADE = {
     "mlx": lambda: presets.mlx(optim.step_decay(0.1, 0.5, 2)),
     "optax": lambda: presets.optax(schedules.optax_linear_schedule(0.1, 0.0, 9), eps=0),
     "paper": lambda: presets.paper(),
+}
+
+
+def no_step():
+    return 0.1
+
+
+UNPICKLED = ["torch-schedule", "mindspore_nn", "mlx"]  # MLX's schedules are closures, which pickle cannot hold
+PICKLED = {name: made for name, made in MADE.items() if name not in UNPICKLED} | {
+    "keras-function": lambda: presets.keras(no_step),
+    "mindspore_nn-number": lambda: presets.mindspore_nn(0.2, 0.1, False, 8.0, 0.1),
+    "mlx-number": lambda: presets.mlx(0.1),
 }
 
 
@@ -84,7 +97,10 @@ def test_unknown_keys_and_presets_are_refused(name):
         ({"preset": "torch", "groups": ["*"]}, TypeError, "a group must be a dict"),
         ({"preset": "keras", "constraints": {"*": {"name": "min_norm"}}}, ValueError, "no constraint 'min_norm'"),
         ({"preset": "keras", "constraints": {"*": {"name": "max_norm", "eps": 1}}}, ValueError, "not know 'eps'"),
-        ({"preset": "mlx"}, TypeError, "learning_rate"),
+        ({"preset": "mlx"}, TypeError, r"\[presets.mlx\] missing a required argument: 'learning_rate'."),
+        ({"preset": "torch", "groups": 5}, TypeError, r"\[presets.torch\] 'groups' must be a list of dicts but got 5."),
+        ({"preset": "keras", "groups": "*"}, TypeError, r"\[presets.keras\] 'groups' must be a list of dicts but"),
+        ({"preset": "mindspore", "groups": {"params": "*"}}, TypeError, "'groups' must be a list of dicts but got"),
     ],
 )
 def test_wrong_configs_are_refused(config, error, message):
@@ -101,6 +117,19 @@ def test_what_was_set_since_is_in_the_config():
     assert config["lr"] == 0.5
     assert config["groups"] == [{"params": ["*kernel"], "lr": 0.25}, {"params": ["*bias"], "weight_decay": 0.5}]
     assert train(presets.from_config(config)) == train(optimizer)
+
+
+def test_numbers_are_in_the_config_as_they_were_given():
+    groups = [{"params": "*kernel", "lr": 0.02}, {"params": "*bias", "lr": 1 / 3}]
+    optimizer = presets.torch(0.1, groups=iter(groups))
+    optimizer.add_group({"params": "*", "lr": 0.07})
+    config = optimizer.get_config()
+    assert [group["lr"] for group in config["groups"]] == [0.02, 1 / 3, 0.07]
+    assert presets.from_config(config).get_config() == config
+    optimizer.learning_rate = 0.3
+    optimizer.set_group(0, lr=1e-3)
+    config = optimizer.get_config()
+    assert config["lr"] == 0.3 and config["groups"][0]["lr"] == 1e-3
 
 
 def test_groups_added_to_a_preset_without_such_an_argument():
@@ -151,6 +180,22 @@ def test_a_config_of_keras_itself_can_be_given():
 def test_a_function_cannot_be_saved(optimizer):
     with pytest.raises(TypeError, match="saved|cannot"):
         optimizer.get_config()
+
+
+@pytest.mark.parametrize("remade", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_copy_and_a_pickle_go_on(name, remade):
+    optimizer = PICKLED[name]()
+    train(optimizer, 3)
+    twin = remade(optimizer)
+    assert train(twin, 3) == train(optimizer, 3)
+
+
+@pytest.mark.parametrize("name", UNPICKLED)
+def test_a_copy_goes_on_with_closures_too(name):
+    optimizer = MADE[name]()
+    train(optimizer, 3)
+    assert train(copy.deepcopy(optimizer), 3) == train(optimizer, 3)
 
 
 def test_only_presets_have_a_config():

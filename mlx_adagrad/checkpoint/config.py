@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from mlx.optimizers import Optimizer
 
+from .. import schedules
 from ..adagrad import Adagrad
 from ..groups import Groups
+from ..presets.recipe import Recipe
 
 RATES = ("learning_rate", "lr")  # as numbers these are state, restored from the arrays of a checkpoint
 HOW_NOT_WHAT = ("owner", "on_skip")  # these do not change what is computed
 
 
 def describe(value: Any) -> Any:
-    """``value`` as JSON: an optimizer's ``get_config()`` if it has one, else its attributes; a function by its name."""
+    """``value`` as JSON: the arguments of a preset or a schedule, else attributes; any other function by its name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # a number of MLX or numpy
@@ -25,22 +29,46 @@ def describe(value: Any) -> Any:
         return {str(key): describe(child) for key, child in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return [describe(child) for child in value]
+    recipe = getattr(value, "_recipe", None)
+    if isinstance(recipe, Recipe):
+        return _described(recipe.entries(value))
     config = own_config(value)
     if config is not None:
         return describe(config)
     named = attributes(value)
     if named is not None:
-        return {"class": type(value).__name__} | {k: describe(v) for k, v in named.items() if k not in HOW_NOT_WHAT}
-    return {"callable" if callable(value) else "object": getattr(value, "__qualname__", type(value).__name__)}
+        return {"class": _class(value)} | _described(named)
+    held = _held(value)
+    name = getattr(value, "__qualname__", type(value).__name__)
+    return {"callable" if callable(value) else "object": name} | ({"holds": describe(held)} if held else {})
 
 
-def own_config(value: Any) -> dict[str, Any] | None:
-    """What ``value.get_config()`` returns, and None without one or where a function in it cannot be saved."""
-    if isinstance(value, type) or not callable(getattr(value, "get_config", None)):
+def _described(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Each by itself; constraints in their order, since the first match wins."""
+    constraints = {k: list(v.items()) for k, v in named.items() if k == "constraints" and isinstance(v, Mapping)}
+    return {k: describe(v) for k, v in {**named, **constraints}.items() if k not in HOW_NOT_WHAT}
+
+
+def _class(value: Any) -> str:
+    stock = "mlx.optimizers"  # whose Adagrad is not ours
+    return f"{stock}.{type(value).__name__}" if type(value).__module__.startswith(stock) else type(value).__name__
+
+
+def _held(function: Any) -> dict[str, Any]:
+    """The arguments of a schedule of MLX's that ``schedules.get_config`` refuses for a function among them."""
+    if not inspect.isfunction(function) or not function.__module__.startswith("mlx.optimizers"):
+        return {}
+    return dict(inspect.getclosurevars(function).nonlocals)
+
+
+def own_config(value: Any) -> Any:
+    """What ``get_config()`` of ``value``, or of a schedule of MLX's, returns; None without one or if it cannot tell."""
+    get = getattr(value, "get_config", partial(schedules.get_config, value))
+    if isinstance(value, type) or not callable(get):
         return None
     try:
-        return value.get_config()
-    except TypeError:
+        return get()
+    except (TypeError, ValueError):
         return None
 
 
@@ -50,7 +78,7 @@ def attributes(value: Any) -> dict[str, Any] | None:
         return {"groups": value.groups, "weight_decay_mask": value.decays}
     if isinstance(value, Adagrad):
         # not whether it is fused or differentiable: that does not change what is computed
-        named = {"rule": value.rule, "accumulator": value.accumulator, "groups": value.groups}
+        named = {name: getattr(value, name) for name in ("rule", "accumulator", "groups", "lazy")}
     elif isinstance(value, Optimizer):
         named = {k: v for k, v in vars(value).items() if not k.startswith("_") or isinstance(v, Optimizer)}
     elif hasattr(value, "_asdict"):
@@ -60,6 +88,17 @@ def attributes(value: Any) -> dict[str, Any] | None:
     else:
         return None
     return named | {name: getattr(rate, "given", rate) for name, rate in value._schedulers.items()}
+
+
+def stack(config: Any) -> str:
+    """The classes of an optimizer, outermost first, or the preset."""
+    if not isinstance(config, dict):
+        return "unknown"
+    if "preset" in config:
+        return f"presets.{config['preset']}"
+    several = config.get("optimizers")
+    inner = several if isinstance(several, list) else [config["optimizer"]] if "optimizer" in config else []
+    return f"{config.get('class')}" + (f"({', '.join(map(stack, inner))})" if inner else "")
 
 
 def differences(saved: Any, own: Any, path: str = "") -> Iterator[str]:

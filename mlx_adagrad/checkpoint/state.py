@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 
 from . import safetensors, trees
 from .atomic import replacing
-from .config import describe, differences
+from .config import describe, differences, stack
 
 FORMAT = "mlx_adagrad"
 VERSION = 1
@@ -74,7 +74,7 @@ def load(
         saved = _unpack(entries, metadata)
         if model is not None and saved["model"] is None:
             raise ValueError("it was saved without a model")
-        problems = list(differences(_json(metadata, "config"), describe(optimizer))) if strict else []
+        problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
         for name, tree in live.items():
             problems += trees.mismatches(saved[name], tree, name)
         if problems:
@@ -86,6 +86,17 @@ def load(
         model.update(new["model"])
     elif model is not None:
         trees.fill(model, new["model"])
+
+
+def _other_hyperparameters(config: Any, own: Any) -> list[str]:
+    """In words; between optimizers of other classes a list of what differs would help nobody.
+
+    Raises:
+        ValueError: If the classes differ.
+    """
+    if stack(config) != stack(own):
+        raise ValueError(f"the optimizer is {stack(config):.200} in the file but {stack(own)} here")
+    return list(differences(config, own))
 
 
 def _parameters(model: Module | dict | None) -> Any:

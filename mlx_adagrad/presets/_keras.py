@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -164,6 +165,16 @@ def _check_clips(**clips: float | None) -> None:
         raise ValueError(f"[keras] give one of 'clipnorm', 'clipvalue', 'global_clipnorm' but got {', '.join(given)}.")
 
 
+@dataclass(frozen=True)
+class FoundNowhere:
+    """Whether none of the regular expressions is found in a parameter's path; a class, so that it can be pickled."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, path: str, parameter: mx.array) -> bool:
+        return not any(re.search(pattern, path) for pattern in self.patterns)
+
+
 def _decays(excluded: list[str] | None) -> Callable[[str, mx.array], bool] | None:
     """Whether a parameter is decayed: none of the regular expressions is found in its path."""
     if excluded is None:
@@ -172,10 +183,11 @@ def _decays(excluded: list[str] | None) -> Callable[[str, mx.array], bool] | Non
         wanted = "a list of regular expressions"
         raise TypeError(f"[keras] 'exclude_from_weight_decay' must be {wanted} but got {excluded!r}.")
     try:
-        patterns = [re.compile(pattern) for pattern in excluded]
+        for pattern in excluded:
+            re.compile(pattern)
     except re.error as error:
         raise ValueError(f"[keras] 'exclude_from_weight_decay' is no regular expression: {error}.") from error
-    return lambda path, parameter: not any(pattern.search(path) for pattern in patterns)
+    return FoundNowhere(tuple(excluded))
 
 
 def _clipped(

@@ -67,7 +67,7 @@ def mindspore_nn(
 ) -> Adagrad | LossScale:
     r"""``mindspore.nn.Adagrad``: coupled weight decay, :math:`w - \lambda g / \sqrt{v}`, no epsilon.
 
-    A parameter whose path contains ``beta`` or ``gamma`` is not decayed.
+    A parameter whose path contains ``beta`` or ``gamma`` is not decayed, unless it is in a group.
 
     Args:
         accum: What ``v`` starts from, a float >= 0. Default: ``0.1``.
@@ -92,6 +92,7 @@ def mindspore_nn(
     )
     rate = rates.parse("mindspore_nn", "learning_rate", learning_rate)
     adagrad = Adagrad.from_rule(rate, rule, weight_decay_mask=_is_decayed)
+    adagrad.groups.mask_spares_groups = True
     return adagrad if scale == 1 else LossScale(adagrad, scale)
 
 

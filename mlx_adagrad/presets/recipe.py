@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -47,20 +47,24 @@ class Recipe:
         return True
 
     def config(self, optimizer: Any) -> dict[str, Any]:
+        """:meth:`entries` in the types of JSON.
+
+        Raises:
+            TypeError: If a function is among them.
+        """
+        return {key: _entry(self.name, key, value) for key, value in self.entries(optimizer).items()}
+
+    def entries(self, optimizer: Any) -> dict[str, Any]:
         """``{"preset": name, argument: value, ...}`` with learning rates and groups as they are in ``optimizer``."""
         adagrad = innermost(optimizer)
-        config: dict[str, Any] = {"preset": self.name}
-        for key, value in self.arguments.items():
+        entries = {"preset": self.name} | self.arguments
+        for key in entries:
             if key in RATE_KEYS:
                 schedule = adagrad._schedulers.get("learning_rate")
-                config[key] = _rate(schedule, adagrad.learning_rate, value)
-            elif key == "constraints" and value:
-                config[key] = {_plain(self.name, key, p): _constraint(self.name, c) for p, c in value.items()}
-            elif key != "groups":
-                config[key] = _plain(self.name, key, value)
-        if "groups" in self.arguments or adagrad.groups.groups:
-            config["groups"] = _groups(adagrad) or None
-        return config
+                entries[key] = _rate(schedule, adagrad.learning_rate, entries[key])
+        if "groups" in entries or adagrad.groups.groups:
+            entries["groups"] = _groups(adagrad, self.arguments.get("groups") or []) or None
+        return entries
 
 
 def preset(build: Callable[P, Made], *, needs_gradient: bool = False) -> Callable[P, Made]:
@@ -69,8 +73,13 @@ def preset(build: Callable[P, Made], *, needs_gradient: bool = False) -> Callabl
 
     @functools.wraps(build)
     def make(*args: P.args, **kwargs: P.kwargs) -> Made:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"[presets.{build.__name__}] {error}.") from None
         given.apply_defaults()
+        if given.arguments.get("groups") is not None:
+            given.arguments["groups"] = _listed(build.__name__, given.arguments["groups"])
         optimizer = build(*given.args, **given.kwargs)
         optimizer._recipe = Recipe(build.__name__, dict(given.arguments), needs_gradient)
         return optimizer
@@ -94,13 +103,16 @@ def from_config(config: Mapping[str, Any]) -> Any:
     name, arguments = config.get("preset"), {key: value for key, value in config.items() if key != "preset"}
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"[presets] there is no preset {name!r}, only {', '.join(sorted(PRESETS))}.")
-    groups = arguments.pop("groups", None) or []
+    known = inspect.signature(PRESETS[name]).parameters
+    groups = [_revived(group) for group in _listed(name, arguments.pop("groups", None) or [])]
     for key in arguments:
-        if key not in inspect.signature(PRESETS[name]).parameters:
+        if key not in known:
             raise ValueError(f"[presets] {name} does not know {key!r}.")
+    if "groups" in known:
+        return PRESETS[name](**_revived(arguments), groups=groups or None)
     optimizer = PRESETS[name](**_revived(arguments))
     for group in groups:
-        optimizer.add_group(_revived(group) if isinstance(group, Mapping) else group)
+        optimizer.add_group(group)
     return optimizer
 
 
@@ -111,8 +123,16 @@ def innermost(optimizer: Any) -> Adagrad:
     return optimizer
 
 
-def _revived(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _listed(name: str, groups: Any) -> list[Any]:
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
+        raise TypeError(f"[presets.{name}] 'groups' must be a list of dicts but got {groups!r}.")
+    return list(groups)
+
+
+def _revived(arguments: Any) -> Any:
     """``arguments`` with schedules and constraints in place of their configs; presets read Keras's by themselves."""
+    if not isinstance(arguments, Mapping):
+        return arguments
     revived = dict(arguments)
     for key, value in arguments.items():
         if key in RATE_KEYS and isinstance(value, Mapping) and "class_name" not in value:
@@ -123,26 +143,38 @@ def _revived(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rate(schedule: Any, rate: mx.array, given: Any = None) -> Any:
-    """A learning rate for JSON: the config of a schedule, or a number, as it was given where fp32 did not change it."""
+    """The schedule, or the number that was given, or else the shortest one, that is this fp32."""
     if schedule is not None:
-        return schedules.get_config(schedule.given)
+        return schedule.given
     number = rate.item()
-    if isinstance(given, Real) and mx.array(float(given), mx.float32).item() == number:
-        return float(given)
-    return number
+    candidates = [float(given)] if isinstance(given, Real) else []
+    candidates += [float(f"{number:.{digits}g}") for digits in range(1, 10)]
+    return next((c for c in candidates if mx.array(c, mx.float32).item() == number), number)
 
 
-def _groups(adagrad: Adagrad) -> list[dict[str, Any]]:
+def _groups(adagrad: Adagrad, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
     entries = adagrad.groups.states(adagrad.state)
-    return [_group(adagrad.groups, i, entry) for i, entry in enumerate(entries)]
+    rates = [group.get("lr") for group in given] + [None] * len(entries)  # those added since come last
+    return [_group(adagrad.groups, i, entry, rates[i]) for i, entry in enumerate(entries)]
 
 
-def _group(groups: Groups, index: int, state: dict[str, Any]) -> dict[str, Any]:
+def _group(groups: Groups, index: int, state: dict[str, Any], given: Any) -> dict[str, Any]:
     group, default = groups.groups[index], groups.default
-    entry: dict[str, Any] = {"params": _plain(group.rule.owner, "params", group.patterns)}
+    entry: dict[str, Any] = {"params": group.patterns}
     if group.lr is not None:
-        entry["lr"] = _rate(group.lr if callable(group.lr) else None, state["learning_rate"])
+        entry["lr"] = _rate(group.lr if callable(group.lr) else None, state["learning_rate"], given)
     return entry | {k: getattr(group.rule, k) for k in RULE_KEYS if getattr(group.rule, k) != getattr(default, k)}
+
+
+def _entry(owner: str, key: str, value: Any) -> Any:
+    """An argument for JSON."""
+    if key in RATE_KEYS:
+        return value if isinstance(value, float) else schedules.get_config(value)
+    if key == "groups" and value:
+        return [{k: _entry(f"{owner} groups[{i}]", k, v) for k, v in group.items()} for i, group in enumerate(value)]
+    if key == "constraints" and value:
+        return {_plain(owner, key, pattern): _constraint(owner, c) for pattern, c in value.items()}
+    return _plain(owner, key, value)
 
 
 def _constraint(owner: str, constraint: Any) -> Any:
