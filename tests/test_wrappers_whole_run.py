@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -468,15 +467,3 @@ def test_the_order_of_the_wrappers_is_the_order_of_the_rules():
         new = optimizer.apply_gradients(g, w)
         new = optimizer.apply_gradients({"w": mx.array([0.0, -10.0])}, new)
         np.testing.assert_allclose(new["w"], want, rtol=1e-5)
-
-
-def test_the_code_of_the_documentation_runs():
-    page = (Path(__file__).parents[1] / "docs" / "wrappers.md").read_text(encoding="utf-8")
-    model = nn.Linear(2, 2)
-    before, evaluated = model.weight, []
-    gradients = {"weight": mx.ones((2, 2)), "bias": mx.ones((2,))}
-    code = page.split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"model": model, "gradients": gradients, "evaluate": lambda m: evaluated.append(m.weight)}
-    for _ in range(4):
-        exec(code, names)  # builds the optimizer anew: each run is the first call of a window
-    assert len(evaluated) == 4 and mx.array_equal(model.weight, before)

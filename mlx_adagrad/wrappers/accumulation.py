@@ -11,7 +11,7 @@ from .. import checks
 from ..leaves import dotted
 from ..modifiers import Modifiers, at
 from .base import Wrapper, read
-from .trees import Keys, find, mapped, name, present, trainable, wide_dtype
+from .trees import Keys, find, is_row_sparse, mapped, name, present, trainable, wide_dtype
 
 
 class GradientAccumulation(Wrapper):
@@ -70,8 +70,8 @@ class GradientAccumulation(Wrapper):
 
     def _total(self, keys: Keys, g: Any, parameters: Any, modifiers: Modifiers) -> mx.array:
         path, w = dotted(keys), find(parameters, keys)
-        if not isinstance(g, mx.array):
-            what = f"{type(g).__name__}, which cannot be accumulated; a RowSparse can by its to_dense()"
+        if is_row_sparse(self._name, keys, g):
+            what = "RowSparse, which cannot be accumulated; its to_dense() can"
             raise TypeError(f"[{self._name}] the gradient of '{path}' is a {what}.")
         if not isinstance(w, mx.array) or w.shape != g.shape:
             shape = getattr(w, "shape", None)

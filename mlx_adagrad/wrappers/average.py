@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +33,8 @@ class ExponentialMovingAverage(Wrapper):
         ValueError: If ``momentum`` is not in [0, 1], or ``overwrite_frequency`` is below 1.
         TypeError: If ``momentum`` is no number, or ``overwrite_frequency`` no integer.
     """
+
+    whole_run = True
 
     def __init__(self, optimizer: Optimizer, momentum: float = 0.99, overwrite_frequency: int | None = None):
         self.momentum = checks.real(self._name, "momentum", momentum)
@@ -111,12 +113,15 @@ class ExponentialMovingAverage(Wrapper):
         averaged = rebuild(tree, tree, (final(keys, w) for keys, w in present(tree)))
         return model_or_tree.update(averaged).parameters() if module else averaged
 
-    @contextmanager
-    def averaged(self, model: Module) -> Iterator[Module]:
+    def averaged(self, model: Module) -> AbstractContextManager[Module]:
         """A context in which ``model`` holds the averages, for evaluation; its own weights come back afterwards."""
         if not isinstance(model, Module):
             hint = "finalize_variable_values takes trees"
             raise TypeError(f"[{self._name}] 'model' must be a module but got {type(model).__name__}; {hint}.")
+        return self._swapped(model)
+
+    @contextmanager
+    def _swapped(self, model: Module) -> Iterator[Module]:
         own = model.trainable_parameters()
         self.finalize_variable_values(model)
         try:

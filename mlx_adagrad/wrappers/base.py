@@ -13,6 +13,7 @@ from ..configurable import Configurable
 from ..modifiers import Modifiers
 from ..rates import LearningRate
 from . import foreign
+from .states import check_own, check_roots, refuse_inside
 from .trees import fill
 
 OWN = "_mlx_adagrad"
@@ -26,11 +27,16 @@ class Wrapper(Configurable, Optimizer):
 
     Raises:
         TypeError: If ``optimizer`` is no optimizer.
+        ValueError: If a :class:`~mlx.optimizers.MultiOptimizer` inside holds a wrapper of the whole run.
     """
+
+    # whether it is about the whole run, or called from outside too: it is refused where that cannot reach it
+    whole_run = False
 
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"[{self._name}] 'optimizer' must be an mlx.optimizers.Optimizer but got {optimizer!r}.")
+        refuse_inside(self._name, optimizer)
         super().__init__()
         self.optimizer = optimizer
         self._state = {"inner": optimizer.state, OWN: self._fresh()}
@@ -60,15 +66,16 @@ class Wrapper(Configurable, Optimizer):
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
+        self._check_state(state)
+        _assign(self.optimizer, state["inner"])
+        fill(self._own, {**self._fresh(), **(state.get(OWN) or {})})
+        self._state["inner"] = self.optimizer.state
+
+    def _check_state(self, state: Any) -> None:
         if not isinstance(state, dict) or not isinstance(state.get("inner"), dict):
             raise ValueError(f"[{self._name}] 'state' must be a dict with 'inner', the inner optimizer's state.")
-        own = state.get(OWN) or {}
-        unknown = [key for key in own if key not in self._fresh()]
-        if unknown:
-            raise ValueError(f"[{self._name}] the state has {unknown[0]!r}, which belongs to another wrapper.")
-        _assign(self.optimizer, state["inner"])
-        fill(self._own, {**self._fresh(), **own})
-        self._state["inner"] = self.optimizer.state
+        _check(self.optimizer, state["inner"])
+        check_own(self._name, state.get(OWN) or {}, self._fresh(), self._own)
 
     @property
     def step(self) -> mx.array:
@@ -106,7 +113,7 @@ class Wrapper(Configurable, Optimizer):
 
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, the inner optimizer's and the wrapper's own."""
-        self.optimizer.init(parameters)
+        foreign.init(self.optimizer, parameters)
         self._initialized = True
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
@@ -119,6 +126,10 @@ class Wrapper(Configurable, Optimizer):
         if self._is_idle(gradients):
             return {}
         return self.apply_modified(gradients, parameters, Modifiers())
+
+    def _is_idle(self, gradients: Any) -> bool:
+        # a preset inside has the same rule as without this wrapper
+        return (super() if self._recipe is not None else self._nearest)._is_idle(gradients)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         """:meth:`apply_gradients` with what the wrappers outside this one ask for."""
@@ -172,15 +183,26 @@ def _first(optimizer: Optimizer) -> Optimizer:
     return _first(optimizer.optimizers[0]) if isinstance(optimizer, MultiOptimizer) else optimizer
 
 
+def _check(optimizer: Optimizer, state: Any) -> None:
+    """Raise for a state that ``optimizer`` cannot have."""
+    if isinstance(optimizer, Wrapper):
+        optimizer._check_state(state)
+    elif isinstance(optimizer, MultiOptimizer):
+        states = state.get("states") if isinstance(state, dict) else None
+        if not isinstance(states, list) or len(states) != len(optimizer.optimizers):
+            raise ValueError(f"[MultiOptimizer] 'state' must have 'states', {len(optimizer.optimizers)} of them.")
+        for inner, part in zip(optimizer.optimizers, states, strict=True):
+            _check(inner, part)
+    else:
+        check_roots(type(optimizer).__name__, state, optimizer.state)
+
+
 def _assign(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """``optimizer.state = state``, but into the dicts that it has."""
     if isinstance(optimizer, Wrapper):
         optimizer.state = state
     elif isinstance(optimizer, MultiOptimizer):
-        states = state.get("states")
-        if not isinstance(states, list) or len(states) != len(optimizer.optimizers):
-            raise ValueError(f"[MultiOptimizer] 'state' must have 'states', {len(optimizer.optimizers)} of them.")
-        for inner, part in zip(optimizer.optimizers, states, strict=True):
+        for inner, part in zip(optimizer.optimizers, state["states"], strict=True):
             _assign(inner, part)
     else:
         own = optimizer.state

@@ -49,7 +49,7 @@ class ClipByNorm(Wrapper):
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if self.max_norm and modifiers.apply is not False:
-            gradients = reductions.coalesced(gradients)
+            gradients = reductions.coalesced(self._name, gradients)
             norms = reductions.norms(gradients, modifiers)
             modifiers = modifiers.scaled({path: _down_to(self.max_norm, norm) for path, norm in norms.items()})
         return super().apply_modified(gradients, parameters, modifiers)
@@ -79,7 +79,7 @@ class ClipByGlobalNorm(Wrapper):
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if self.max_norm and modifiers.apply is not False:
-            gradients = reductions.coalesced(gradients)
+            gradients = reductions.coalesced(self._name, gradients)
             modifiers = modifiers.scaled(self._factor(reductions.global_norm(gradients, modifiers)))
         return super().apply_modified(gradients, parameters, modifiers)
 

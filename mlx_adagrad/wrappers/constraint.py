@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
+from ..accumulators import COMPUTE_DTYPE
 from ..groups import Predicate
 from ..leaves import dotted, is_absent, rebuild
 from ..modifiers import Modifiers
@@ -41,6 +43,7 @@ class MaxNorm:
 
     Raises:
         ValueError: If ``max_value`` is negative, infinite or NaN.
+        TypeError: If ``axis`` is neither an integer nor a tuple of integers.
     """
 
     max_value: float = 2.0
@@ -48,9 +51,10 @@ class MaxNorm:
 
     def __post_init__(self) -> None:
         checks.non_negative("MaxNorm", "max_value", self.max_value)
+        _check_axis("MaxNorm", self.axis)
 
     def __call__(self, w: mx.array) -> mx.array:
-        wide, norm = _with_norm(w, self.axis)
+        wide, norm = _with_norm("MaxNorm", w, self.axis)
         return (wide * (mx.minimum(norm, self.max_value) / (EPSILON + norm))).astype(w.dtype)
 
 
@@ -60,16 +64,34 @@ class UnitNorm:
 
     Args:
         axis: As in :class:`MaxNorm`. Default: 0.
+
+    Raises:
+        TypeError: If ``axis`` is neither an integer nor a tuple of integers.
     """
 
     axis: int | tuple[int, ...] = 0
 
+    def __post_init__(self) -> None:
+        _check_axis("UnitNorm", self.axis)
+
     def __call__(self, w: mx.array) -> mx.array:
-        wide, norm = _with_norm(w, self.axis)
+        wide, norm = _with_norm("UnitNorm", w, self.axis)
         return (wide / (EPSILON + norm)).astype(w.dtype)
 
 
-def _with_norm(w: mx.array, axis: int | tuple[int, ...]) -> tuple[mx.array, mx.array]:
+def _axes(axis: Any) -> tuple[Any, ...] | list[Any]:
+    return axis if isinstance(axis, tuple | list) else (axis,)
+
+
+def _check_axis(owner: str, axis: Any) -> None:
+    if any(isinstance(a, bool) or not isinstance(a, Integral) for a in _axes(axis)):
+        raise TypeError(f"[{owner}] 'axis' must be an integer or a tuple of integers but got {axis!r}.")
+
+
+def _with_norm(owner: str, w: mx.array, axis: int | tuple[int, ...]) -> tuple[mx.array, mx.array]:
+    for a in _axes(axis):
+        if w.ndim and not -w.ndim <= a < w.ndim:
+            raise ValueError(f"[{owner}] there is no axis {a} in shape {w.shape}.")
     wide = w if w.dtype in (mx.float64, mx.complex64) else w.astype(mx.float32)
     norm = mx.sqrt(mx.sum(mx.square(mx.abs(wide)), axis=axis if w.ndim else None, keepdims=True))
     return wide, norm
@@ -88,8 +110,10 @@ class Constraint(Wrapper):
             callable from weights to weights.
 
     Raises:
-        ValueError: For an unknown name; at the first step for a pattern that matches no parameter.
-        TypeError: For what is neither a name nor a callable, and for a pattern that is neither.
+        ValueError: For an unknown name; before a step for a pattern that matches no parameter, and for a constraint
+            that refuses its weight or changes its shape.
+        TypeError: For what is neither a name nor a callable, and for a pattern that is neither; before a step for a
+            constraint that makes no array, or one of a dtype that the weight cannot take.
     """
 
     def __init__(self, optimizer: Optimizer, constraints: Mapping[Any, str | Function]):
@@ -97,6 +121,7 @@ class Constraint(Wrapper):
             raise TypeError(f"[{self._name}] 'constraints' must map patterns to constraints but got {constraints!r}.")
         self.constraints = {self._pattern(p): self._function(c) for p, c in constraints.items()}
         self._unmatched = set(self.constraints)
+        self._tried: dict[str, tuple] = {}
         super().__init__(optimizer)
 
     def _pattern(self, pattern: str | Predicate) -> str | Predicate:
@@ -115,20 +140,44 @@ class Constraint(Wrapper):
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         self._check_matches(parameters)
+        self._try(gradients, parameters)
         new = super().apply_modified(gradients, parameters, modifiers)
         if modifiers.apply is False:
             return new
         return rebuild(new, parameters, (self._constrained(keys, w, gradients, modifiers) for keys, w in present(new)))
 
     def _constrained(self, keys: tuple, w: mx.array, gradients: dict, modifiers: Modifiers) -> mx.array:
-        path = dotted(keys)
-        function = next((f for p, f in self.constraints.items() if _matches(p, path, w)), None)
-        if function is None or is_absent(find(gradients, keys)):
+        if is_absent(find(gradients, keys)):
             return w
-        new = function(w).astype(w.dtype)
-        if new.shape != w.shape:
-            raise ValueError(f"[{self._name}] the constraint of '{path}' made shape {new.shape} of {w.shape}.")
+        new = self._imposed(dotted(keys), w)
         return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, w)
+
+    def _imposed(self, path: str, w: mx.array) -> mx.array:
+        """The weight under the first constraint that matches, checked; lazy."""
+        pattern = next((p for p in self.constraints if _matches(p, path, w)), None)
+        if pattern is None:
+            return w
+        what, by = f"[{self._name}] the constraint of '{path}'", f"by the pattern {pattern!r}"
+        try:
+            new: Any = self.constraints[pattern](w)
+        except ValueError as error:
+            raise ValueError(f"{what}, {by}: {error}") from error
+        if not isinstance(new, mx.array):
+            raise TypeError(f"{what} must return an array but got {type(new).__name__}, {by}.")
+        if new.shape != w.shape:
+            raise ValueError(f"{what} made shape {new.shape} of {w.shape}, {by}.")
+        if new.dtype not in COMPUTE_DTYPE or (new.dtype == mx.complex64 and w.dtype != mx.complex64):
+            raise TypeError(f"{what} made {new.dtype} of {w.dtype}, {by}.")
+        return new.astype(w.dtype)
+
+    def _try(self, gradients: Any, parameters: Any) -> None:
+        """Impose each constraint on the weight before the step, once a path: an error must not come after it."""
+        for keys, _ in present(gradients):
+            path, w = dotted(keys), find(parameters, keys)
+            kind = (w.shape, str(w.dtype)) if isinstance(w, mx.array) else None  # a copy cannot take a Dtype
+            if kind is not None and self._tried.get(path) != kind:
+                self._imposed(path, w)
+                self._tried[path] = kind
 
     def _check_matches(self, parameters: Any) -> None:
         """A pattern that matches nothing is a mistake; asked until it has matched once."""
@@ -142,4 +191,6 @@ class Constraint(Wrapper):
 
 
 def _matches(pattern: str | Predicate, path: str, w: mx.array) -> bool:
-    return fnmatchcase(path, pattern) if isinstance(pattern, str) else pattern(path, w)
+    if not isinstance(pattern, str):
+        return pattern(path, w)
+    return path == pattern or fnmatchcase(path, pattern)  # a path may hold brackets

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.utils import tree_map
 
 from ..leaves import dotted, is_absent, rebuild
-from ..modifiers import Modifiers
-from .trees import Keys, copied, find, mapped, name, present, pruned
+from ..modifiers import Modifiers, Scalar
+from .trees import Keys, copied, find, is_row_sparse, mapped, name, present, pruned
+
+
+def init(optimizer: Optimizer, parameters: Any) -> None:
+    """``optimizer.init`` in the dtypes that its gradients will have, so that its state keeps the dtype it starts in."""
+    if hasattr(optimizer, "apply_modified"):
+        optimizer.init(parameters)
+    elif isinstance(optimizer, MultiOptimizer):
+        for part, inner in zip(optimizer._split_dictionary(parameters), optimizer.optimizers, strict=True):
+            init(inner, part)
+    else:
+        optimizer.init(tree_map(lambda w: w.astype(mx.float32) if _is_narrow(w) else w, parameters))
+
+
+def _is_narrow(w: Any) -> bool:
+    """Whether gradients of ``w`` are handed on in fp32: fp16 has no room for what a loss scale or a clip leaves."""
+    return isinstance(w, mx.array) and w.dtype == mx.float16
 
 
 def apply_modified(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> Any:
@@ -54,9 +72,22 @@ def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, mod
     new: dict[str, Any] = {}
     parts = optimizer._split_dictionary(pruned(gradients))
     for part, inner in zip(parts, optimizer.optimizers, strict=True):
-        updated = apply_modified(inner, part, parameters, modifiers)
-        new |= {name(keys): find(updated, keys) for keys, _ in present(part)}
+        is_idle = getattr(inner, "_is_idle", None)  # ours have it
+        if is_idle is not None and is_idle(part):
+            continue
+        leaves = [keys for keys, _ in present(part)]
+        updated = apply_modified(inner, part, parameters, _only(modifiers, {dotted(keys) for keys in leaves}))
+        new |= {name(keys): find(updated, keys) for keys in leaves}
     return new
+
+
+def _only(modifiers: Modifiers, paths: set[str]) -> Modifiers:
+    """The modifiers of the parameters at ``paths``: a norm inside a part knows no others."""
+
+    def only(scalar: Scalar | None) -> Scalar | None:
+        return {p: x for p, x in scalar.items() if p in paths} if isinstance(scalar, dict) else scalar
+
+    return replace(modifiers, scale=only(modifiers.scale), low=only(modifiers.low), high=only(modifiers.high))
 
 
 def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[str, Any]:
@@ -74,16 +105,18 @@ def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifie
 
 
 def _seen(optimizer: Optimizer, keys: Keys, g: Any, w: mx.array, modifiers: Modifiers) -> mx.array:
-    """The gradient as the optimizer gets it: in the dtype of its parameter, as it would come from the model; but fp16
-    has no room for what a loss scale or a clip leaves, so that stays fp32.
+    """The gradient as the optimizer gets it: in the dtype of its parameter, as it would come from the model, or fp32.
+
+    In fp32 also where nothing was scaled: the optimizer's state takes the dtype of what it sees.
     """
-    if not isinstance(g, mx.array):
-        only = f"a {type(g).__name__}, which only mlx_adagrad.Adagrad takes"
-        raise TypeError(f"[{type(optimizer).__name__}] the gradient of '{dotted(keys)}' is {only}.")
-    if modifiers.scale is None and modifiers.low is None and g.dtype == w.dtype:
-        return g
-    wide = modifiers.modified(dotted(keys), g)
-    return wide if w.dtype == mx.float16 else wide.astype(w.dtype)
+    owner = type(optimizer).__name__
+    if is_row_sparse(owner, keys, g):
+        only = "a RowSparse, which only mlx_adagrad.Adagrad takes"
+        raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' is {only}.")
+    dtype = mx.float32 if _is_narrow(w) else w.dtype
+    if modifiers.scale is None and modifiers.low is None:
+        return g if g.dtype == dtype else g.astype(dtype)
+    return modifiers.modified(dotted(keys), g).astype(dtype)
 
 
 @contextmanager

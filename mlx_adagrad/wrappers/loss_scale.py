@@ -27,6 +27,8 @@ class LossScale(Wrapper):
         ValueError: If ``factor`` is not positive, or infinite or NaN.
     """
 
+    whole_run = True
+
     def __init__(self, optimizer: Optimizer, factor: float):
         self.factor = checks.positive(self._name, "factor", factor)
         super().__init__(optimizer)
@@ -54,6 +56,8 @@ class DynamicLossScale(Wrapper):
         ValueError: If ``initial_scale`` is not positive and finite, or ``dynamic_growth_steps`` is below 1.
     """
 
+    whole_run = True
+
     def __init__(self, optimizer: Optimizer, initial_scale: float = 2**15, dynamic_growth_steps: int = 2000):
         self.initial_scale = checks.positive(self._name, "initial_scale", initial_scale)
         self.dynamic_growth_steps = checks.positive_integer(self._name, "dynamic_growth_steps", dynamic_growth_steps)
@@ -75,7 +79,7 @@ class DynamicLossScale(Wrapper):
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
         scale, count = self.dynamic_scale, self._own["step_counter"]
-        gradients = reductions.coalesced(gradients)
+        gradients = reductions.coalesced(self._name, gradients)
         finite = reductions.all_finite(gradients, modifiers)
         new = super().apply_modified(gradients, parameters, modifiers.scaled(1.0 / scale).gated(finite))
         grows = count == self.dynamic_growth_steps - 1

@@ -13,7 +13,7 @@ from ..leaves import dotted
 from ..modifiers import Modifiers, at
 from ..rows import RowSparse
 from ..rule import SMALLEST_NORMAL
-from .trees import Keys, mapped, present
+from .trees import Keys, is_row_sparse, mapped, present
 
 # A sum in one go stops growing in fp32 once it is 2^24 times its terms, which MLX's CPU reduction of a large tensor
 # reaches (2.8 % off at 4096²); sums of blocks, summed again, do not.
@@ -43,9 +43,13 @@ def _root(square_sum: mx.array) -> mx.array:
     return mx.sqrt(mx.maximum(square_sum, SMALLEST_NORMAL[mx.float32]))
 
 
-def coalesced(gradients: Any) -> Any:
-    """The gradients with the duplicate rows of row-sparse ones summed: once, for norms and for the update."""
-    if not any(isinstance(g, RowSparse) for _, g in present(gradients)):
+def coalesced(owner: str, gradients: Any) -> Any:
+    """The gradients with the duplicate rows of row-sparse ones summed: once, for norms and for the update.
+
+    Raises:
+        TypeError: For a gradient that is no array, in the name of ``owner``.
+    """
+    if not any([is_row_sparse(owner, keys, g) for keys, g in present(gradients)]):
         return gradients
     return mapped(lambda _, g: g.coalesce() if isinstance(g, RowSparse) else g, gradients)
 

@@ -52,7 +52,7 @@ class SkipNonFinite(Wrapper):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
-        gradients = reductions.coalesced(gradients)
+        gradients = reductions.coalesced(self._name, gradients)
         finite = reductions.all_finite(gradients, modifiers)
         new = super().apply_modified(gradients, parameters, modifiers.gated(finite))
         self._keep(modifiers, skipped_steps=self.skipped_steps + mx.logical_not(finite).astype(mx.uint64))

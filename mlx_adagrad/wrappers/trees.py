@@ -9,7 +9,8 @@ import mlx.core as mx
 from mlx.nn import Module
 
 from ..accumulators import COMPUTE_DTYPE
-from ..leaves import children, is_absent
+from ..leaves import children, dotted, is_absent
+from ..rows import RowSparse
 
 Keys = tuple[Any, ...]
 
@@ -23,6 +24,13 @@ def present(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
             yield from present(child, (*keys, key))
         else:
             yield (*keys, key), child
+
+
+def is_row_sparse(owner: str, keys: Keys, gradient: Any) -> bool:
+    """Whether a gradient is a RowSparse and not an array; raises TypeError where it is neither."""
+    if isinstance(gradient, mx.array | RowSparse):
+        return isinstance(gradient, RowSparse)
+    raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' must be an array but got {type(gradient).__name__}.")
 
 
 def find(tree: Any, keys: Keys) -> Any:
