@@ -12,7 +12,7 @@ from . import checks, kernels, rates, row_kernels, row_ops
 from .accumulators import Dense
 from .configurable import Configurable
 from .groups import Groups, Predicate
-from .leaves import Leaf, collect, dotted, optimizable, rebuild, slot
+from .leaves import Leaf, collect, dotted, fill, optimizable, rebuild, slot
 from .modifiers import Modifiers
 from .rates import LearningRate
 from .rows import RowSparse
@@ -158,6 +158,22 @@ class Adagrad(Configurable, Optimizer):
         self._in_progress: tuple[tuple[Any, ...], Step, bool] | None = None
         self._set_rate(rate)
         groups.states(self.state)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state: ``step``, ``learning_rate`` and a ``v`` for each parameter; always the same dict.
+
+        Assigning a tree fills this dict in place, so that a compiled step that has captured it goes on from there.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"[Adagrad] 'state' must be a dict but got {type(state).__name__}.")
+        self._initialized = False
+        if state is not self._state:
+            fill(self._state, state)
 
     @property
     def eps(self) -> float:

@@ -171,3 +171,29 @@ def optimizable(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [optimizable(child) for child in tree]
     return tree if isinstance(tree, mx.array) and tree.dtype in COMPUTE_DTYPE else None
+
+
+def fill(target: dict | list, source: dict | list | tuple) -> None:
+    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them."""
+    new = dict(children(source))
+    if isinstance(target, dict):
+        for key in [key for key in target if key not in new]:
+            del target[key]
+    else:
+        del target[len(new) :]
+        target.extend({} for _ in range(len(new) - len(target)))
+    for key, value in new.items():
+        old = target.get(key) if isinstance(target, dict) else target[key]
+        if isinstance(value, dict) and isinstance(old, dict) or isinstance(value, list) and isinstance(old, list):
+            fill(old, value)
+        else:
+            target[key] = copied(value)
+
+
+def copied(tree: Any) -> Any:
+    """The tree with the same arrays in containers of its own."""
+    if isinstance(tree, dict):
+        return {key: copied(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(copied(child) for child in tree)
+    return tree

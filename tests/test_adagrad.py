@@ -488,6 +488,25 @@ def test_groups_and_their_state():
         one.apply_gradients({"a": mx.ones((2,))}, {"a": mx.ones((2,))})
 
 
+def test_assigned_state_reaches_a_compiled_step():
+    params = {"w": mx.ones((3,)), "l": [mx.ones((2,))]}
+    optimizer = Adagrad(0.1)
+    optimizer.init(params)
+    state = optimizer.state
+    step = partial(mx.compile, inputs=state, outputs=state)(lambda p: optimizer.apply_gradients(p, p))
+    step(params)
+    saved = as_state([(k, mx.array(a)) for k, a in flat(state)])
+    for _ in range(3):
+        step(params)
+    optimizer.state = saved
+    assert optimizer.state is state and state["step"].item() == 1
+    step(params)
+    assert state["step"].item() == 2 and state["l"][0]["v"][0].item() == 2.0 and saved["step"].item() == 1
+    with pytest.raises(TypeError, match="'state' must be a dict but got list"):
+        wrong: Any = []
+        optimizer.state = wrong
+
+
 def test_state_in_tuples_is_kept():
     w = mx.ones((2,))
     optimizer = Adagrad(0.1)

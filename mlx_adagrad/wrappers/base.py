@@ -10,11 +10,11 @@ from mlx.nn import Module
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..configurable import Configurable
+from ..leaves import fill
 from ..modifiers import Modifiers
 from ..rates import LearningRate
 from . import foreign
 from .states import check_own, check_roots, refuse_inside
-from .trees import fill
 
 OWN = "_mlx_adagrad"
 

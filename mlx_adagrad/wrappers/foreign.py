@@ -11,9 +11,9 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from ..leaves import dotted, is_absent, rebuild
+from ..leaves import copied, dotted, is_absent, rebuild
 from ..modifiers import Modifiers, Scalar
-from .trees import Keys, copied, find, is_row_sparse, mapped, name, present, pruned
+from .trees import Keys, find, is_row_sparse, mapped, name, present, pruned
 
 
 def init(optimizer: Optimizer, parameters: Any) -> None:

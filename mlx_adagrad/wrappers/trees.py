@@ -83,29 +83,3 @@ def name(keys: Keys) -> str:
 def wide_dtype(w: mx.array) -> mx.Dtype:
     """What sums and averages beside the parameter ``w`` are kept in: fp32, unless ``w`` is wider."""
     return w.dtype if w.dtype in (mx.float64, mx.complex64) else mx.float32
-
-
-def fill(target: dict | list, source: dict | list | tuple) -> None:
-    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them."""
-    new = dict(children(source))
-    if isinstance(target, dict):
-        for key in [key for key in target if key not in new]:
-            del target[key]
-    else:
-        del target[len(new) :]
-        target.extend({} for _ in range(len(new) - len(target)))
-    for key, value in new.items():
-        old = target.get(key) if isinstance(target, dict) else target[key]
-        if isinstance(value, dict) and isinstance(old, dict) or isinstance(value, list) and isinstance(old, list):
-            fill(old, value)
-        else:
-            target[key] = copied(value)
-
-
-def copied(tree: Any) -> Any:
-    """The tree with the same arrays in containers of its own."""
-    if isinstance(tree, dict):
-        return {key: copied(child) for key, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(copied(child) for child in tree)
-    return tree
