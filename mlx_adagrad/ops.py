@@ -135,6 +135,11 @@ class StreamDealer:
         return mx.stream(_extra_streams()[least - 1]) if self.on_cpu and least else nullcontext()
 
 
+def second_stream() -> AbstractContextManager:
+    """A stream of the CPU beside the default one, as a context."""
+    return mx.stream(_extra_streams()[0])
+
+
 _thread = threading.local()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from . import row_kernels, rule
+from . import ops, row_kernels, rule
 from .accumulators import COMPUTE_DTYPE, Dense, RowWise
 from .rows import RowSparse, add_rows, evaluate
 from .rule import Form, Scalars
@@ -27,9 +28,10 @@ def update(
 ) -> tuple[mx.array, mx.array]:
     """The new ``(w, v)`` of a table; rows that the gradient does not name stay as they are, bit for bit.
 
-    MLX writes to rows in place in an array that nothing else reads. So fp32 tables are added to and not read before:
-    ``v`` grows first and is gathered then. Where rows must be read first, for weight decay and for the one rounding of
-    half precision, they are gathered *and evaluated*, unless something is tracing; then the table is copied.
+    MLX writes to rows in place in an array that nothing else reads. So rows that are read first, for weight decay and
+    for the one rounding of half precision, are gathered *and evaluated*, unless something is tracing; then the table is
+    copied. On the CPU so are those of ``v``, which then grows beside the update of ``w``. Elsewhere an fp32 ``v`` grows
+    first and is gathered then.
 
     Args:
         plan: Form, numbers and dtypes of this step.
@@ -52,16 +54,41 @@ def update(
     targets = gradient.targets()
     live = (gradient.indices < gradient.num_rows).reshape(-1, *(1,) * (w.ndim - 1))
     g = gradient.values.astype(COMPUTE_DTYPE[w.dtype])
-    w_rows = v_rows = mx.zeros((), g.dtype)
+    beside = row is None and not differentiable and form.update_accumulator and _worth_a_stream(v, g)
+    w_rows, v_rows, beside = _read_first(form, w, v, targets, g, beside)
+    if not form.update_accumulator:
+        return _write(w, targets, live, functions.moved(v, targets, w_rows, g, live, s), differentiable), v
+    grown = functions.grown(v_rows if v.dtype in HALF else mx.zeros((), g.dtype), w_rows, g, live, s)
+    with ops.second_stream() if beside else nullcontext():
+        v = _write(v, targets, live, grown, differentiable)
+    if beside:  # what v will hold, to the bit
+        moved = functions.moved(grown if v.dtype in HALF else v_rows + grown, None, w_rows, g, live, s)
+    else:
+        moved = functions.moved(v, targets, w_rows, g, live, s)
+    return _write(w, targets, live, moved, differentiable), v
+
+
+def _read_first(
+    form: Form, w: mx.array, v: mx.array, targets: mx.array, g: mx.array, beside: bool
+) -> tuple[mx.array, mx.array, bool]:
+    """Those rows of ``w`` and ``v`` that are read before they are written (else 0-d zeros), evaluated if that is
+    possible; and whether ``v`` can grow beside ``w``: it is wanted, and nothing is tracing.
+    """
+    w_rows = v_rows = none = mx.zeros((), g.dtype)
     if form.coupled or form.decoupled or w.dtype in HALF:
         w_rows = w[targets]
-        evaluate(w_rows)
-    if form.update_accumulator:
-        if v.dtype in HALF:
-            v_rows = v[targets]
-            evaluate(v_rows)
-        v = _write(v, targets, live, functions.grown(v_rows, w_rows, g, live, s), differentiable)
-    return _write(w, targets, live, functions.moved(v, targets, w_rows, g, live, s), differentiable), v
+    if beside or form.update_accumulator and v.dtype in HALF:
+        v_rows = v[targets]
+    read = [rows for rows in (w_rows, v_rows) if rows is not none]
+    return w_rows, v_rows, bool(read) and evaluate(read) and beside
+
+
+def _worth_a_stream(v: mx.array, g: mx.array) -> bool:
+    """Whether the rows of ``v`` are so many elements that the CPU should write them beside those of ``w``.
+
+    Measured for 4,096 x 64 on two cores: the update of a table of a million rows takes 3.4 ms instead of 5.1.
+    """
+    return mx.default_device() == mx.cpu and v.ndim == g.ndim and g.size >= ops.PARALLEL_ELEMENTS
 
 
 def _write(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, differentiable: bool) -> mx.array:
@@ -114,10 +141,11 @@ class _Functions:
         return self.accumulator.write(rows, rows.dtype)
 
     def moved(
-        self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
+        self, v: mx.array, targets: mx.array | None, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
     ) -> mx.array:
-        """What is written to ``w``, given the table ``v`` that has grown already."""
-        return self._moved(self.accumulator.read(v[targets], g), w_rows, g, live, s, _idle(g))
+        """What is written to ``w``, given the table ``v`` that has grown already, or its rows (``targets`` None)."""
+        v_rows = v if targets is None else v[targets]
+        return self._moved(self.accumulator.read(v_rows, g), w_rows, g, live, s, _idle(g))
 
 
 def _acting(live: mx.array, s: Scalars) -> mx.array:

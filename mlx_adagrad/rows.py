@@ -206,12 +206,14 @@ def add_rows(table: mx.array, targets: mx.array, rows: mx.array, differentiable:
     return table.view(mx.complex64).at[targets].add(rows.view(mx.complex64)).view(mx.float32)
 
 
-def evaluate(tree: Any) -> None:
-    """Evaluate the arrays of a tree, unless something is tracing (``mx.compile``, ``vmap``, export)."""
+def evaluate(tree: Any) -> bool:
+    """Evaluate the arrays of a tree, unless something is tracing (``mx.compile``, ``vmap``, export); tells whether."""
     try:
         mx.eval(tree)
+        return True
     except ValueError:
         pass  # a traced value; what else may be wrong shows when the result is evaluated
     except RuntimeError as error:  # a traced value that mx.value_and_grad has taken the mark of
         if "array without a primitive" not in str(error):
             raise
+    return False

@@ -514,7 +514,9 @@ def test_mindspore_nn_exempts_names_of_ungrouped_parameters_only():
 
 
 def test_a_mask_of_keras_can_be_compared_and_shown():
-    masks = [presets.keras(exclude_from_weight_decay=names).groups.decays for names in (["a"], ("a",), ["c"])]
+    given: Any = (["a"], ("a",), ["c"])
+    optimizers: Any = [presets.keras(exclude_from_weight_decay=names) for names in given]
+    masks = [optimizer.groups.decays for optimizer in optimizers]
     assert masks[0] == masks[1] != masks[2]
     assert "'a'" in repr(masks[0])
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import recorded
 import row_cases
 from cases import GPU_DTYPES, assert_near, bits, options, to_numpy
-from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise
+from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, ops
 from mlx_adagrad.modifiers import Modifiers
 from mlx_adagrad.rule import Rule
 
@@ -506,7 +506,7 @@ def test_derivatives_need_the_flag(cpu):
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("accumulator", [Dense(), Dense("parameter"), RowWise()], ids=str)
 def test_tables_are_updated_in_place(weight_decay, dtype, accumulator, cpu):
-    rows, columns, k = 100_000, 64, 256
+    rows, columns, k = 100_000, 64, 640
     params = {"w": mx.random.normal((rows, columns)).astype(dtype)}
     optimizer = Adagrad(0.1, weight_decay=weight_decay, accumulator=accumulator)
     optimizer.init(params)
@@ -522,7 +522,38 @@ def test_tables_are_updated_in_place(weight_decay, dtype, accumulator, cpu):
         assert mx.get_peak_memory() - before < 0.1 * params["w"].nbytes, step
 
 
-def test_nothing_is_evaluated_inside_the_update(cpu, monkeypatch):
+@options
+@pytest.mark.parametrize("accumulator", [Dense(), Dense("parameter")], ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_v_may_grow_beside_w(options, accumulator, dtype, cpu, monkeypatch):
+    table, gradients = row_cases.draw(30, dtype=dtype)
+    want = run(Adagrad(0.1, **options, accumulator=accumulator), table, gradients)
+    streams = []
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(ops, "second_stream", lambda second=ops.second_stream: streams.append(1) or second())
+    got = run(Adagrad(0.1, **options, accumulator=accumulator), table, gradients)
+    assert bits(got) == bits(want) and len(streams) == len(gradients)
+
+
+def test_v_does_not_grow_beside_w_while_something_traces(cpu, monkeypatch):
+    table, gradients = row_cases.draw(30)
+    want, want_v = run(Adagrad(0.1), table, gradients)
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(ops, "second_stream", lambda: pytest.fail("a stream inside a trace"))
+    optimizer = Adagrad(0.1)
+    optimizer.init({"w": table})
+
+    @partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)
+    def step(table, indices, values):
+        return optimizer.apply_gradients({"w": RowSparse(indices, values, 30)}, {"w": table})["w"]
+
+    for gradient in gradients:
+        table = step(table, *gradient)
+    assert_near(table, to_numpy(want), steps=1)
+    assert_near(optimizer.state["w"]["v"], to_numpy(want_v), steps=1)
+
+
+def test_nothing_is_evaluated_inside_a_small_update(cpu, monkeypatch):
     table, gradients = row_cases.draw(20)
     optimizer = Adagrad(0.1)
     with monkeypatch.context() as patch:
