@@ -6,6 +6,8 @@ import pytest
 from metal_host import HostMetal
 from mlx_adagrad import kernels
 
+MLX_METAL_KERNEL, AVAILABLE, REQUIRE = mx.fast.metal_kernel, kernels.available, kernels.require
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -40,3 +42,14 @@ def kernel_device(request):
     """Kernels run: on Metal where there is one, else on the host."""
     if not mx.metal.is_available():
         request.getfixturevalue("host")
+
+
+@pytest.fixture
+def no_host(kernel_device):
+    """Kernels are MLX's own again inside a module that runs them on the host: without Metal none can run."""
+    with pytest.MonkeyPatch.context() as patch:  # undone before the host is, or the host would stay for ever
+        patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
+        patch.setattr(kernels, "available", AVAILABLE)
+        patch.setattr(kernels, "require", REQUIRE)
+        kernels._kernel.cache_clear()
+        yield

@@ -15,7 +15,6 @@ from mlx_adagrad.modifiers import Modifiers
 from reference import adagrad
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-MLX_METAL_KERNEL, AVAILABLE, REQUIRE = mx.fast.metal_kernel, kernels.available, kernels.require
 SIZES = [0, 1, 7, 8, 1023, 65_537]
 
 
@@ -233,17 +232,6 @@ def test_indices_are_64_bit():
 # --- without Metal ----------------------------------------------------------------------------------------------------
 
 no_metal = pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here")
-
-
-@pytest.fixture
-def no_host(kernel_device):
-    """Kernels are MLX's own again, which runs none of them without Metal."""
-    with pytest.MonkeyPatch.context() as patch:  # undone before the host is
-        patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
-        patch.setattr(kernels, "available", AVAILABLE)
-        patch.setattr(kernels, "require", REQUIRE)
-        kernels._kernel.cache_clear()
-        yield
 
 
 @no_metal

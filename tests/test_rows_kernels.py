@@ -8,10 +8,9 @@ import pytest
 
 import row_cases
 from cases import DTYPE_PAIRS, GPU_DTYPES, assert_near, bits, options, run, tensors, to_numpy
-from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, SparseEmbedding, kernels, value_and_grad
+from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, SparseEmbedding, value_and_grad
 from mlx_adagrad.modifiers import Modifiers
 from reference import adagrad
-from test_kernels import AVAILABLE, MLX_METAL_KERNEL, REQUIRE
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 accumulators = pytest.mark.parametrize("accumulator", [Dense(), RowWise()], ids=lambda a: type(a).__name__)
@@ -197,11 +196,7 @@ class _Other(Dense):
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="Metal is here")
-def test_a_training_step_with_the_kernels_exports(tmp_path, monkeypatch):
-    monkeypatch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
-    monkeypatch.setattr(kernels, "available", AVAILABLE)
-    monkeypatch.setattr(kernels, "require", REQUIRE)
-    kernels._kernel.cache_clear()
+def test_a_training_step_with_the_kernels_exports(tmp_path, no_host):
     model = SparseEmbedding(20, 6)
     optimizer = Adagrad(0.1, fused=True)
     optimizer.init(model.trainable_parameters())
