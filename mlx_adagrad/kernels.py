@@ -75,7 +75,7 @@ def launch(
     shape = w.shape or (1,)
     per_thread = 1 if w.size < ONE_PER_THREAD_BELOW else BYTES_PER_THREAD // w.dtype.size
     template: list[tuple[str, Any]] = [("W", w.dtype), ("V", v_dtype), ("N", per_thread)]
-    new_w, new_v = _kernel("dense", ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator"))(
+    new_w, new_v = kernel("dense", ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator"))(
         inputs=[w.reshape(shape), g.reshape(shape), v.reshape(shape), row],
         template=template + [(name.upper(), value) for name, value in form._asdict().items()],
         output_shapes=[shape, shape],
@@ -91,7 +91,7 @@ def _launch_row_wise(
 ) -> tuple[mx.array, mx.array]:
     shape = (len(w), w.size // len(w))
     names = ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator")
-    new_w, new_v = _kernel("rowwise", *names)(
+    new_w, new_v = kernel("rowwise", *names)(
         inputs=[w.reshape(shape), g.reshape(shape), v, row],
         template=[("W", w.dtype), ("V", v_dtype), *((name.upper(), value) for name, value in form._asdict().items())],
         output_shapes=[shape, v.shape],
@@ -112,7 +112,8 @@ def grid(threads: int) -> tuple[int, int, int]:
 
 
 @cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
+    """The kernel whose body is ``metal/<name>.metal``, built once, at its first launch."""
     return mx.fast.metal_kernel(
         name=f"mlx_adagrad_{name}",
         input_names=list(inputs),

@@ -31,7 +31,7 @@ def combine(values: mx.array, order: mx.array, run: mx.array, rows: int) -> mx.a
     places = len(order)
     start = mx.full((rows + 1,), places, mx.int32).at[run].minimum(mx.arange(places, dtype=mx.int32))
     flat = values.reshape(places, -1)
-    (sums,) = kernels._kernel("rows_combine", ("values", "order", "run", "start"), ("sums",))(
+    (sums,) = kernels.kernel("rows_combine", ("values", "order", "run", "start"), ("sums",))(
         inputs=[flat, order, run, start],
         output_shapes=[(rows, flat.shape[1])],
         output_dtypes=[mx.float32],
@@ -66,7 +66,7 @@ class Functions:
         """What is written to ``v``: g², or its mean over each row."""
         rows, columns = len(g), g[0].size
         names = ("v_rows", "w_rows", "g", "live", "scalars")
-        (grown,) = kernels._kernel("rows_grown", names, ("grown",))(
+        (grown,) = kernels.kernel("rows_grown", names, ("grown",))(
             inputs=[v_rows.reshape(-1), w_rows.reshape(-1), g.reshape(rows, columns), live.reshape(-1), self.row],
             template=self.template,
             output_shapes=[(rows,) if self.row_wise else (rows, columns)],
@@ -81,7 +81,7 @@ class Functions:
         """What is written to ``w``, given the table ``v`` that has grown already."""
         rows, columns = len(g), g[0].size
         names = ("v", "targets", "w_rows", "g", "live", "scalars")
-        (moved,) = kernels._kernel("rows_moved", names, ("moved",))(
+        (moved,) = kernels.kernel("rows_moved", names, ("moved",))(
             inputs=[v, targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), self.row],
             template=self.template,
             output_shapes=[(rows, columns)],

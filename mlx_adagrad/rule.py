@@ -118,7 +118,7 @@ def effective_lr(rule: Rule, learning_rate: mx.array, step: mx.array) -> mx.arra
     return learning_rate / (1.0 + step.astype(learning_rate.dtype) * rule.lr_decay)
 
 
-def ascent_or_descent(form: Form, w: mx.array, g: mx.array, s: Scalars) -> mx.array:
+def effective_gradient(form: Form, w: mx.array, g: mx.array, s: Scalars) -> mx.array:
     """The gradient that Adagrad squares: unscaled, clipped, turned round for maximize, then decayed (torch's order)."""
     if form.scaled:
         g = g * s.scale
@@ -135,7 +135,7 @@ def accumulate(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars, po
     """``v + g²``; ``pool`` is what the accumulator keeps of g² (all of it, or a mean over each row)."""
     if not form.update_accumulator:
         return v
-    total = v + pool(mx.square(ascent_or_descent(form, w, g, s)))
+    total = v + pool(mx.square(effective_gradient(form, w, g, s)))
     return mx.where(s.apply, total, v) if form.gated else total
 
 
@@ -152,5 +152,5 @@ def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
 def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
     """``w - lr g / denominator(v)`` for the ``v`` that already holds this gradient."""
     decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
-    new = decayed - s.lr * ascent_or_descent(form, w, g, s) / denominator(form, v, s)
+    new = decayed - s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
     return mx.where(s.apply, new, w) if form.gated else new

@@ -32,9 +32,9 @@ def host(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(kernels, "require", lambda: None)
     with host.patched():
-        kernels._kernel.cache_clear()
+        kernels.kernel.cache_clear()
         yield host
-    kernels._kernel.cache_clear()
+    kernels.kernel.cache_clear()
 
 
 @pytest.fixture
@@ -51,5 +51,5 @@ def no_host(kernel_device):
         patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
         patch.setattr(kernels, "available", AVAILABLE)
         patch.setattr(kernels, "require", REQUIRE)
-        kernels._kernel.cache_clear()
+        kernels.kernel.cache_clear()
         yield
