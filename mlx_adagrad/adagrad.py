@@ -12,7 +12,7 @@ from . import checks, kernels, rates, row_kernels, row_ops
 from .accumulators import Dense
 from .configurable import Configurable
 from .groups import Groups, Predicate
-from .leaves import Leaf, collect, dotted, fill, optimizable, rebuild, slot
+from .leaves import Leaf, Leaves, collect, dotted, fill, optimizable, slot
 from .modifiers import Modifiers
 from .rates import LearningRate
 from .rows import RowSparse
@@ -250,15 +250,15 @@ class Adagrad(Configurable, Optimizer):
         check = self._check_fused if self.fused else None
         leaves = collect(gradients, parameters, self.state, self.accumulator, check)
         if modifiers.apply is False:
-            return rebuild(gradients, parameters, (w for _, w, _, _ in leaves))
+            return leaves.rebuilt(leaves.parameters)
         if self.groups:
             for _, w, _, keys in leaves:
                 self.groups.resolve(dotted(keys), w)  # runs the user's predicates, which may raise
         rates = self._scheduled_rates(modifiers)
-        states = [self._state_of(leaf, gradients) for leaf in leaves]
+        states = self._states_of(leaves, gradients)
         self._initialized = True
         step = self._advance(rates, modifiers)
-        return rebuild(gradients, parameters, iter(self._update_all(leaves, states, step, fused)))
+        return leaves.rebuilt(self._update_all(leaves, states, step, fused))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
@@ -269,29 +269,31 @@ class Adagrad(Configurable, Optimizer):
         step = Step(self.accumulator, self._group_rate, before, Modifiers())
         return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
-    def _update_all(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+    def _update_all(self, leaves: Leaves, states: list[dict], step: Step, fused: bool) -> list[mx.array]:
         if type(self).apply_single is not Adagrad.apply_single:
             return self._update_singly(leaves, states, step, fused)
         updated: list[Any] = [None] * len(leaves)
-        small: dict[Any, list[int]] = {}
-        for i, (g, w, _, _) in enumerate(leaves):
-            batch = small.get((w.dtype, w.shape))
-            if batch is None and not fused:
-                plan = step.shared.get(w.dtype)
-                if plan is not None and plan.functions.batches(w):
-                    batch = small[w.dtype, w.shape] = []
-            if batch is None or type(g) is RowSparse:
-                updated[i] = self._update(leaves[i], states[i], step, fused)
-            else:
-                batch.append(i)
-        for (dtype, _), indices in small.items():
-            plan = step.shared[dtype]
-            tensors = [(leaves[i][1], leaves[i][0], states[i]["v"]) for i in indices]
-            for i, (w, v) in zip(indices, plan.functions.update_many(tensors, plan.scalars), strict=True):
-                updated[i], states[i]["v"] = w, v
+        for alike in leaves.alike():
+            if fused or not self._update_together(alike, leaves, states, step, updated):
+                for i in alike:
+                    updated[i] = self._update(leaves[i], states[i], step, fused)
         return updated
 
-    def _update_singly(self, leaves: list[Leaf], states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+    def _update_together(self, alike: list[int], leaves: Leaves, states: list[dict], step: Step, updated: list) -> bool:
+        """Update many small tensors of one shape in few calls; False where there is nothing to gain, or it cannot be."""
+        if len(alike) == 1:
+            return False
+        first = leaves.parameters[alike[0]]
+        plan = step.shared.get(first.dtype) or self._plan(leaves[alike[0]], states[alike[0]], step)
+        if first.dtype not in step.shared or not plan.functions.batches(first):
+            return False
+        columns = leaves.parameters, leaves.gradients, [state["v"] for state in states]
+        ws, gs, vs = ([column[i] for i in alike] for column in columns)
+        for i, w, v in zip(alike, *plan.functions.update_many(ws, gs, vs, plan.scalars, step.dealer), strict=True):
+            updated[i], states[i]["v"] = w, v
+        return True
+
+    def _update_singly(self, leaves: Leaves, states: list[dict], step: Step, fused: bool) -> list[mx.array]:
         # MLX's documented point of extension
         updated = []
         try:
@@ -361,6 +363,11 @@ class Adagrad(Configurable, Optimizer):
         if isinstance(g, RowSparse) and self.lazy:
             return not self.differentiable and row_kernels.supports(self.accumulator, w, g.values)
         return kernels.supports(self.accumulator, w, g)  # of a RowSparse it asks for no more than the dtype
+
+    def _states_of(self, leaves: Leaves, gradients: dict) -> list[dict]:
+        if self.rule.step_per_parameter or not leaves.complete:
+            return [self._state_of(leaf, gradients) for leaf in leaves]
+        return leaves.states
 
     def _state_of(self, leaf: Leaf, gradients: dict) -> dict:
         _, w, state, keys = leaf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any, NoReturn, TypeAlias
 
 import mlx.core as mx
@@ -16,10 +18,106 @@ RESERVED = ("step", "learning_rate", "_mlx_adagrad")
 _CONTAINERS = (dict, list, tuple)
 _USUAL = frozenset(COMPUTE_DTYPE) - {mx.complex64}
 
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
-# (gradient, parameter, the parameter's own state or None before its first step, the keys to it); a plain tuple, since a
-# step with many small tensors spends its time here
+
+# (gradient, parameter, the parameter's own state or None before its first step, the keys to it)
 Leaf: TypeAlias = tuple[Any, mx.array, Any, tuple[Any, ...]]
+
+
+class Leaves:
+    """The leaves of one call that have a gradient, in tree order.
+
+    They are columns, not rows: a step with many small tensors spends its time here, and a question to a whole list
+    costs a fraction of one to each leaf.
+    """
+
+    def __init__(self, gradients: Any, parameters: Any, state: Any):
+        self.gradients: list[Any] = []
+        self.parameters: list[Any] = []
+        self.states: list[Any] = []  # None before a parameter's first step
+        self._places: list[tuple[Any, Any, tuple[Any, ...]]] = []  # the new tree's container, the key in it, keys to it
+        self._tuples: list[tuple[Any, Any, type]] = []  # where the new tree has a list that must become a tuple
+        self._root = [self._walk(gradients, parameters, state, ())]
+        self._mark_tuple(self._root, 0, gradients)
+
+    def __getitem__(self, i: int) -> Leaf:
+        return self.gradients[i], self.parameters[i], self.states[i], self.keys(i)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def keys(self, i: int) -> tuple[Any, ...]:
+        """The keys to leaf ``i``."""
+        _, key, container = self._places[i]
+        return (*container, key)
+
+    def rebuilt(self, updated: Iterable[mx.array]) -> Any:
+        """A tree in the shape of the gradients with these arrays; for a None the parameter comes back as it is."""
+        for (container, key, _), w in zip(self._places, updated, strict=True):
+            container[key] = w
+        for container, key, kind in self._tuples:
+            container[key] = kind(container[key])
+        return self._root[0]
+
+    def _walk(self, g_tree: Any, w_tree: Any, state: Any, keys: tuple[Any, ...]) -> Any:
+        w_at, state_at, array = _getter(w_tree, g_tree), _getter(state, g_tree), mx.array
+        new: Any = {} if isinstance(g_tree, dict) else [None] * len(g_tree)
+        for key, g in g_tree.items() if type(g_tree) is dict else children(g_tree):
+            kind, w = type(g), w_at(key)
+            if kind is not array and (not g if kind is dict else is_absent(g)):
+                hole = w if g is None else g  # as in MLX's own optimizers: MultiOptimizer merges trees by their holes
+                if hole is not None:
+                    new[key] = hole
+                continue
+            if w is None or (not keys and key in RESERVED):
+                _refuse((*keys, key), w)
+            if kind is dict or (kind is not array and isinstance(g, _CONTAINERS)):
+                new[key] = self._walk(g, w, state_at(key), (*keys, key))
+                self._mark_tuple(new, key, g)
+                continue
+            new[key] = w
+            self.gradients.append(g)
+            self.parameters.append(w)
+            self.states.append(state_at(key))
+            self._places.append((new, key, keys))
+        return new
+
+    def _mark_tuple(self, container: Any, key: Any, tree: Any) -> None:
+        if isinstance(tree, tuple):
+            self._tuples.append((container, key, type(tree)))
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every leaf is what nearly all are: arrays of one shape in real dtypes, with a state that has v."""
+        gs, ws, states = self.gradients, self.parameters, self.states
+        if {*map(type, gs), *map(type, ws)} != {mx.array} or {*map(type, states)} != {dict}:
+            return False
+        vs = [state.get("v") for state in states]
+        if not {*map(_dtype, gs)} | self._dtypes <= _USUAL or {*map(type, vs)} != {mx.array}:
+            return False
+        return self._shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [*map(_shape, self.parameters)]
+
+    @cached_property
+    def _dtypes(self) -> set[mx.Dtype]:
+        return {*map(_dtype, self.parameters)}
+
+    def alike(self) -> Iterable[list[int]]:
+        """The indices of the leaves, those of one dtype and shape in one list; a row-sparse gradient stands alone."""
+        if self.complete and len(self._dtypes) == 1:
+            kinds: Iterable[Any] = self._shapes
+        else:
+            kinds = zip(map(_dtype, self.parameters), self._shapes, strict=True)
+        found: dict[Any, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            if not self.complete and isinstance(self.gradients[i], RowSparse):
+                kind = i
+            found.setdefault(kind, []).append(i)
+        return found.values()
 
 
 def dotted(keys: tuple[Any, ...]) -> str:
@@ -29,7 +127,7 @@ def dotted(keys: tuple[Any, ...]) -> str:
 
 def collect(
     gradients: Any, parameters: Any, state: Any, accumulator: Dense, check: Callable[[Leaf], None] | None = None
-) -> list[Leaf]:
+) -> Leaves:
     """Every leaf that has a gradient, in tree order, each checked by :func:`check_leaf`, and by ``check``.
 
     A missing key, an empty ``{}`` and a None are absent gradients. ``parameters`` may be a superset of ``gradients``.
@@ -39,33 +137,13 @@ def collect(
             :func:`check_leaf` does.
         TypeError: For a leaf that is no array.
     """
-    leaves: list[Leaf] = []
-    _collect(gradients, parameters, state, (), accumulator, leaves)
-    if check is not None:
+    leaves = Leaves(gradients, parameters, state)
+    if type(accumulator) is not Dense or not leaves.complete:
         for leaf in leaves:
-            check(leaf)
-    return leaves
-
-
-def _collect(g_tree: Any, w_tree: Any, state: Any, keys: tuple, accumulator: Dense, leaves: list[Leaf]) -> None:
-    # the hot loop of a step with many small tensors: done once a level where possible, and no call for a usual leaf
-    w_at, state_at, array, plain = _getter(w_tree), _getter(state), mx.array, type(accumulator) is Dense
-    for key, g in children(g_tree):
-        kind = type(g)
-        if kind is not array and is_absent(g):
-            continue
-        w: Any = w_at(key)
-        own: Any = state_at(key)
-        if w is None or (not keys and key in RESERVED):
-            _refuse((*keys, key), w)
-        if kind is not array and isinstance(g, _CONTAINERS):
-            _collect(g, w, own, (*keys, key), accumulator, leaves)
-            continue
-        leaf = (g, w, own, (*keys, key))
-        usual = plain and kind is type(w) and w.dtype in _USUAL and g.dtype in _USUAL
-        if not (usual and type(own) is dict and "v" in own and w.shape == g.shape == own["v"].shape):
             check_leaf(accumulator, leaf)
-        leaves.append(leaf)
+    for leaf in leaves if check is not None else ():
+        check(leaf)
+    return leaves
 
 
 def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
@@ -74,9 +152,13 @@ def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
     raise ValueError(f"[Adagrad] a parameter at the root may not be named '{keys[0]}': the state uses that key.")
 
 
-def _getter(tree: Any) -> Callable[[Any], Any]:
-    """What :func:`_child` does, with the kind of ``tree`` asked once."""
-    return tree.get if isinstance(tree, dict) else lambda key: _child(tree, key)
+def _getter(tree: Any, like: Any) -> Callable[[Any], Any]:
+    """What :func:`_child` does for the keys of ``like``, with the kinds of both asked once."""
+    if isinstance(tree, dict):
+        return tree.get
+    if type(tree) is type(like) is list and len(tree) >= len(like):
+        return tree.__getitem__
+    return partial(_child, tree)
 
 
 def is_absent(gradient: Any) -> bool:
@@ -117,25 +199,9 @@ def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[s
     return node
 
 
-def rebuild(gradients: Any, parameters: Any, updated: Iterator[mx.array]) -> Any:
-    """A tree in the shape of ``gradients`` with the updated arrays; for a None the parameter comes back as it is."""
-    if isinstance(gradients, dict):
-        array = mx.array
-        new = {
-            key: next(updated) if type(g) is array else _rebuilt(g, _child(parameters, key), updated)
-            for key, g in gradients.items()
-        }
-        return {key: w for key, w in new.items() if w is not None}
-    return type(gradients)(_rebuilt(g, _child(parameters, i), updated) for i, g in enumerate(gradients))
-
-
-def _rebuilt(gradient: Any, parameter: Any, updated: Iterator[mx.array]) -> Any:
-    if is_absent(gradient):
-        # a hole stays one, as in MLX's own optimizers: MultiOptimizer merges trees by their holes
-        return parameter if gradient is None else gradient
-    if isinstance(gradient, _CONTAINERS):
-        return rebuild(gradient, parameter, updated)
-    return next(updated)
+def rebuild(gradients: Any, parameters: Any, updated: Iterable[mx.array]) -> Any:
+    """:meth:`Leaves.rebuilt` without a state."""
+    return Leaves(gradients, parameters, None).rebuilt(updated)
 
 
 def check_leaf(accumulator: Dense, leaf: Leaf) -> None:

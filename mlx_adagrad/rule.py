@@ -93,7 +93,7 @@ class Scalars(NamedTuple):
     """The numbers of one step, 0-d arrays: each enters the update as a scalar, never as a pass over memory.
 
     ``scale``, ``low``/``high`` and ``apply`` come from wrappers (loss scale, clipping, skipped steps); None where
-    unused.
+    unused. ``tiny`` is :data:`SMALLEST_NORMAL` as an array, where a constant will not do.
     """
 
     lr: mx.array
@@ -103,11 +103,13 @@ class Scalars(NamedTuple):
     low: Any = None
     high: Any = None
     apply: Any = None
+    tiny: Any = None
 
     def row(self) -> mx.array:
         """The numbers as one fp32 array of 7, the form in which a Metal kernel takes them."""
         unused = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
-        entries = [mx.array(u) if s is None else s.astype(mx.float32) for s, u in zip(self, unused, strict=True)]
+        used = self[: len(unused)]  # a kernel has its own tiny
+        entries = [mx.array(u) if s is None else s.astype(mx.float32) for s, u in zip(used, unused, strict=True)]
         return mx.stack(entries)
 
 
@@ -143,9 +145,9 @@ def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
     """``sqrt(v) + eps`` or ``sqrt(v + eps)``; where eps and v are both 0 it is infinite, which makes the update 0."""
     if form.eps_inside_sqrt:
         v = v + s.eps
-    root = mx.sqrt(mx.where(v == 0, SMALLEST_NORMAL[v.dtype], v))
+    root = mx.sqrt(mx.where(v, v, SMALLEST_NORMAL[v.dtype] if s.tiny is None else s.tiny))
     if form.eps_is_zero:
-        return mx.where(v == 0, float("inf"), root)
+        return mx.where(v, root, float("inf"))
     return root if form.eps_inside_sqrt else root + s.eps
 
 
