@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, NoReturn, TypeAlias
@@ -33,36 +33,36 @@ class Leaves:
     """
 
     def __init__(self, gradients: Any, parameters: Any, state: Any):
-        self.gradients: list[Any] = []
-        self.parameters: list[Any] = []
-        self.states: list[Any] = []  # None before a parameter's first step
-        self._places: list[tuple[Any, Any, tuple[Any, ...]]] = []  # the new tree's container, the key in it, keys to it
+        self._found: list[tuple[Any, ...]] = []
         self._tuples: list[tuple[Any, Any, type]] = []  # where the new tree has a list that must become a tuple
         self._root = [self._walk(gradients, parameters, state, ())]
         self._mark_tuple(self._root, 0, gradients)
+        columns = zip(*self._found, strict=True) if self._found else ((),) * 6
+        self.gradients: Sequence[Any]
+        self.parameters: Sequence[Any]
+        self.states: Sequence[Any]  # None before a parameter's first step
+        self.gradients, self.parameters, self.states, self._containers, self._in, self._keys = columns
 
     def __getitem__(self, i: int) -> Leaf:
-        return self.gradients[i], self.parameters[i], self.states[i], self.keys(i)
+        return self.gradients[i], self.parameters[i], self.states[i], (*self._in[i], self._keys[i])
 
     def __len__(self) -> int:
-        return len(self._places)
-
-    def keys(self, i: int) -> tuple[Any, ...]:
-        """The keys to leaf ``i``."""
-        _, key, container = self._places[i]
-        return (*container, key)
+        return len(self._found)
 
     def rebuilt(self, updated: Iterable[mx.array]) -> Any:
         """A tree in the shape of the gradients with these arrays; for a None the parameter comes back as it is."""
-        for (container, key, _), w in zip(self._places, updated, strict=True):
+        for container, key, w in zip(self._containers, self._keys, updated, strict=True):
             container[key] = w
         for container, key, kind in self._tuples:
             container[key] = kind(container[key])
         return self._root[0]
 
     def _walk(self, g_tree: Any, w_tree: Any, state: Any, keys: tuple[Any, ...]) -> Any:
-        w_at, state_at, array = _getter(w_tree, g_tree), _getter(state, g_tree), mx.array
+        # the new tree, with the parameters as they are
+        w_at = w_tree.get if isinstance(w_tree, dict) else _getter(w_tree, g_tree)
+        state_at = state.get if type(state) is dict else _getter(state, g_tree)
         new: Any = {} if isinstance(g_tree, dict) else [None] * len(g_tree)
+        array = mx.array
         for key, g in g_tree.items() if type(g_tree) is dict else children(g_tree):
             kind, w = type(g), w_at(key)
             if kind is not array and (not g if kind is dict else is_absent(g)):
@@ -72,15 +72,13 @@ class Leaves:
                 continue
             if w is None or (not keys and key in RESERVED):
                 _refuse((*keys, key), w)
-            if kind is dict or (kind is not array and isinstance(g, _CONTAINERS)):
+            if kind is not array and isinstance(g, _CONTAINERS):
                 new[key] = self._walk(g, w, state_at(key), (*keys, key))
-                self._mark_tuple(new, key, g)
+                if kind is not dict:
+                    self._mark_tuple(new, key, g)
                 continue
             new[key] = w
-            self.gradients.append(g)
-            self.parameters.append(w)
-            self.states.append(state_at(key))
-            self._places.append((new, key, keys))
+            self._found.append((g, w, state_at(key), new, keys, key))
         return new
 
     def _mark_tuple(self, container: Any, key: Any, tree: Any) -> None:
