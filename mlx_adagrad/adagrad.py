@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -269,7 +269,7 @@ class Adagrad(Configurable, Optimizer):
         step = Step(self.accumulator, self._group_rate, before, Modifiers())
         return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
-    def _update_all(self, leaves: Leaves, states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+    def _update_all(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
         if type(self).apply_single is not Adagrad.apply_single:
             return self._update_singly(leaves, states, step, fused)
         updated: list[Any] = [None] * len(leaves)
@@ -279,8 +279,10 @@ class Adagrad(Configurable, Optimizer):
                     updated[i] = self._update(leaves[i], states[i], step, fused)
         return updated
 
-    def _update_together(self, alike: list[int], leaves: Leaves, states: list[dict], step: Step, updated: list) -> bool:
-        """Update many small tensors of one shape in few calls; False where there is nothing to gain, or it cannot be."""
+    def _update_together(
+        self, alike: list[int], leaves: Leaves, states: Sequence[dict], step: Step, updated: list
+    ) -> bool:
+        """Update small tensors of one dtype and shape in few calls; False where that gains nothing, or cannot be."""
         if len(alike) == 1:
             return False
         first = leaves.parameters[alike[0]]
@@ -293,7 +295,7 @@ class Adagrad(Configurable, Optimizer):
             updated[i], states[i]["v"] = w, v
         return True
 
-    def _update_singly(self, leaves: Leaves, states: list[dict], step: Step, fused: bool) -> list[mx.array]:
+    def _update_singly(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
         # MLX's documented point of extension
         updated = []
         try:
@@ -364,7 +366,7 @@ class Adagrad(Configurable, Optimizer):
             return not self.differentiable and row_kernels.supports(self.accumulator, w, g.values)
         return kernels.supports(self.accumulator, w, g)  # of a RowSparse it asks for no more than the dtype
 
-    def _states_of(self, leaves: Leaves, gradients: dict) -> list[dict]:
+    def _states_of(self, leaves: Leaves, gradients: dict) -> Sequence[dict]:
         if self.rule.step_per_parameter or not leaves.complete:
             return [self._state_of(leaf, gradients) for leaf in leaves]
         return leaves.states

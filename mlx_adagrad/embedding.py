@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from . import ops
 from .look_ups import Table, by_module, rows_of, table_of, watching
 from .rows import RowSparse, evaluate
 
@@ -177,12 +178,24 @@ def _rehearse(
 
 
 def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
-    """:func:`_gradients`, evaluated in two stages: those of the look-ups are free again once they are summed up."""
+    """:func:`_gradients`, evaluated in two stages: those of the look-ups are free again once they are summed up.
+
+    The second only starts, unless something is tracing: it reads no table, so that an update need not wait for it. On a
+    CPU the indices are sorted beside the forward pass, and the sums made beside what comes next.
+    """
     others = [g for path, g in _flat(totals) if path not in tables or tables[path].is_dense(g)]
-    evaluate([value, others, [table.found for table in tables.values()]])
-    gradients = _gradients(totals, tables, differentiable=False)
+    recorded = [table.recorded() for table in tables.values()]
+    size = sum(gradient.values.size for gradient in recorded)
+    with ops.beside(size):
+        runs = [gradient.runs() for gradient in recorded if gradient.values.size]
+    tracing = not evaluate([value, others, runs, [gradient.values for gradient in recorded]])
+    del recorded
+    with ops.beside(size):
+        gradients = _gradients(totals, tables, differentiable=False)
     found = (g for path, g in _flat(gradients) if path in tables)
-    evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found])
+    arrays = [[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found]
+    if not tracing and not evaluate(arrays, wait=False):
+        evaluate(arrays)  # inside mx.compile, but of nothing that it traces: MLX only refuses to start
     return gradients
 
 

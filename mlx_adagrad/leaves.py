@@ -46,6 +46,9 @@ class Leaves:
     def __getitem__(self, i: int) -> Leaf:
         return self.gradients[i], self.parameters[i], self.states[i], (*self._in[i], self._keys[i])
 
+    def __iter__(self) -> Iterator[Leaf]:
+        return map(self.__getitem__, range(len(self)))
+
     def __len__(self) -> int:
         return len(self._found)
 
@@ -139,8 +142,9 @@ def collect(
     if type(accumulator) is not Dense or not leaves.complete:
         for leaf in leaves:
             check_leaf(accumulator, leaf)
-    for leaf in leaves if check is not None else ():
-        check(leaf)
+    if check is not None:
+        for leaf in leaves:
+            check(leaf)
     return leaves
 
 

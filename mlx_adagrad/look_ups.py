@@ -38,6 +38,7 @@ class Table:
         self.replaced = False  # by fn, with other weights, which are none of ours
         self.shapes: list[tuple[int, ...]] = []  # of the indices of each look-up
         self.found: list[tuple[mx.array, mx.array]] = []
+        self.sparse: RowSparse | None = None
         self.blocks: Iterator[mx.array] | None = None
 
     def watch(self) -> None:
@@ -72,13 +73,19 @@ class Table:
 
         return recorded(weight, x)
 
+    def recorded(self) -> RowSparse:
+        """The gradients of all look-ups, one after another."""
+        if self.sparse is None:
+            rows, columns = self.weight.shape
+            none = mx.zeros((0,), mx.int32), mx.zeros((0,), self.weight.dtype)
+            indices, values = zip(*(self.found or [none]), strict=True)
+            self.sparse = _sparse(indices, values, rows, columns)
+            self.found.clear()
+        return self.sparse
+
     def gradient(self, total: mx.array, differentiable: bool) -> RowSparse | mx.array:
         """The gradient of the table, given MLX's sum of what did not come from recorded look-ups."""
-        rows, columns = self.weight.shape
-        none = mx.zeros((0,), mx.int32), mx.zeros((0,), self.weight.dtype)
-        indices, values = zip(*(self.found or [none]), strict=True)
-        sparse = _sparse(indices, values, rows, columns)
-        self.found.clear()
+        sparse, self.sparse = self.recorded(), None
         if not self.is_dense(total):
             return sparse.coalesced_by(kernels.available(), differentiable)
         return total + sparse.to_dense() if sparse.indices.size else total
@@ -93,6 +100,7 @@ class Table:
             self.module["weight"] = self.weight
         self.watched = self.blocks = None
         self.closed = True
+        self.sparse = None
         self.found.clear()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import rule
-from .accumulators import COMPUTE_DTYPE, Dense
+from .accumulators import COMPUTE_DTYPE, Dense, RowWise
 from .rule import Form, Scalars
 
 # From here on (32 MiB of fp32) two single-output functions win over one function of two outputs: a primitive with one
@@ -27,7 +27,7 @@ BATCH = 16
 class Functions:
     """The update of one (form, accumulator, dtype of v), compiled: in one function, or in two that run in place."""
 
-    def __init__(self, form: Form, accumulator: Dense, v_dtype: mx.Dtype):
+    def __init__(self, form: Form, accumulator: Dense, v_dtype: mx.Dtype, shapeless: bool = False):
         self.v_dtype = v_dtype
         v_storage = mx.float32 if v_dtype == mx.complex64 else v_dtype  # of each part
 
@@ -52,9 +52,11 @@ class Functions:
             return [w for w, _ in pairs], [v for _, v in pairs]
 
         self.many: Any = mx.compile(many)
-        self.accumulate: Any = mx.compile(accumulate)
-        self.descend: Any = mx.compile(descend)
         self.both: Any = mx.compile(both)
+        # MLX 0.32.4 crashes on a shapeless reduction over an axis of length 1
+        pools = shapeless and isinstance(accumulator, RowWise)
+        self.accumulate: Any = accumulate if pools else mx.compile(accumulate, shapeless=shapeless)
+        self.descend: Any = descend if pools else mx.compile(descend, shapeless=shapeless)
 
     def update(
         self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, dealer: StreamDealer | None = None
@@ -119,9 +121,11 @@ def _computing(w: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
 
 
 @cache
-def functions(form: Form, accumulator: Dense, v_dtype: mx.Dtype) -> Functions:
-    """The compiled functions, one set for each combination."""
-    return Functions(form, accumulator, v_dtype)
+def functions(form: Form, accumulator: Dense, v_dtype: mx.Dtype, shapeless: bool = False) -> Functions:
+    """The compiled functions, one set for each combination; ``shapeless``: the two phases take any number of rows
+    without compiling anew.
+    """
+    return Functions(form, accumulator, v_dtype, shapeless)
 
 
 class StreamDealer:
@@ -152,15 +156,17 @@ class StreamDealer:
         key = extra, id(scalars)
         if key not in self._own:
             tiny = mx.array(rule.SMALLEST_NORMAL[scalars.lr.dtype], scalars.lr.dtype)
+            given = {name: s for name, s in scalars._replace(tiny=tiny)._asdict().items() if s is not None}
             with mx.stream(_extra_streams()[extra]):
-                own = [s if s is None else mx.contiguous(s) for s in scalars._replace(tiny=tiny)]
-            self._own[key] = scalars, Scalars(*own)  # both: once freed, other scalars could get that id
+                own = scalars._replace(**{name: mx.contiguous(s) for name, s in given.items()})
+            self._own[key] = scalars, own  # both: once freed, other scalars could get that id
         return self._own[key][1]
 
 
-def second_stream() -> AbstractContextManager:
-    """A stream of the CPU beside the default one, as a context."""
-    return mx.stream(_extra_streams()[0])
+def beside(size: int) -> AbstractContextManager:
+    """For work on ``size`` elements that need not wait for other work: a second stream of the CPU, as a context."""
+    worth_it = size >= PARALLEL_ELEMENTS and mx.default_device() == mx.cpu
+    return mx.stream(_extra_streams()[0]) if worth_it else nullcontext()
 
 
 _thread = threading.local()

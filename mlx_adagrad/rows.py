@@ -29,7 +29,7 @@ class RowSparse:
         ValueError: For shapes that do not fit each other, and for indices into a table without rows.
     """
 
-    __slots__ = ("indices", "values", "num_rows", "_coalesced")
+    __slots__ = ("indices", "values", "num_rows", "_coalesced", "_sorted")
 
     def __init__(self, indices: mx.array, values: mx.array, num_rows: int):
         _check(indices, values, num_rows)
@@ -37,6 +37,7 @@ class RowSparse:
         self.values = values
         self.num_rows = num_rows
         self._coalesced = False
+        self._sorted: tuple[mx.array, mx.array, mx.array] | None = None
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -75,12 +76,18 @@ class RowSparse:
             unique = mx.full((rows,), self.num_rows, mx.int32)
             sums = mx.zeros((rows, *self.values.shape[1:]), _sum_dtype(self.dtype))
         else:
-            order, run, unique = _runs(self.indices, self.num_rows, rows)
+            order, run, unique = self.runs()
             if fused and row_kernels.combines(self.values):
                 sums = row_kernels.combine(self.values, order, run, rows)
             else:
                 sums = _combine(self.values, order, run, rows, differentiable)
         return _coalesced(unique, sums, self.num_rows)
+
+    def runs(self) -> tuple[mx.array, mx.array, mx.array]:
+        """What of coalescing depends on the indices alone, made once; see :func:`_runs`."""
+        if self._sorted is None:
+            self._sorted = _runs(self.indices, self.num_rows, min(len(self.indices), self.num_rows))
+        return self._sorted
 
     def to_dense(self) -> mx.array:
         """The gradient as an array of the table's shape, in the dtype of the values; summed in fp32."""
@@ -191,7 +198,42 @@ def _combine(values: mx.array, order: mx.array, run: mx.array, rows: int, differ
     run = mx.put_along_axis(mx.zeros_like(run), order, run, 0)  # of each value, where it stands
     dtype = _sum_dtype(values.dtype)
     sums = mx.zeros((rows + 1, *values.shape[1:]), dtype)
-    return add_rows(sums, run, values.astype(dtype), differentiable)[:rows]
+    if differentiable or mx.default_device() != mx.cpu:
+        return sums.at[run].add(values.astype(dtype))[:rows]
+    return _flat_sum(sums, run, values.astype(dtype))[:rows]
+
+
+def _flat_sum(zeros: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
+    """``zeros.at[targets].add(rows)``, a third of the time on a CPU (0.23 ms against 0.62 for 4,096 x 64).
+
+    What adds along an axis in one sweep is in MLX the derivative of ``take_along_axis``.
+    """
+    flat, index = _flat(zeros, targets, mx.complex64)  # a sum of two fp32 is a sum of one complex64
+    _, (sums,) = mx.vjp(lambda table: mx.take_along_axis(table, index, 0), [flat], [rows.reshape(-1).view(flat.dtype)])
+    return sums.view(zeros.dtype).reshape(zeros.shape)
+
+
+def put_rows(table: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
+    """``table`` with ``rows`` in place of those named by ``targets``, which must differ from each other and be inside.
+
+    In place where nothing else reads the table; on a CPU in a quarter of the time that an assignment by rows takes (0.5
+    ms against 2.2 for 4,096 x 64 in a million rows). Has no derivative.
+    """
+    flat, index = _flat(table, targets, mx.int64)
+    return mx.put_along_axis(flat, index, rows.reshape(-1).view(flat.dtype), 0).view(table.dtype).reshape(table.shape)
+
+
+def _flat(table: mx.array, targets: mx.array, pack: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """The table on one axis, in words of 8 bytes (of dtype ``pack``) if a row is made of such; and the index there of
+    each word of the rows ``targets``.
+    """
+    width, words = math.prod(table.shape[1:]), 8 // table.itemsize
+    packed = words > 1 and width % words == 0
+    width = width // words if packed else width
+    dtype = mx.int32 if len(table) * width < 2**31 else mx.int64
+    index = targets.astype(dtype)[:, None] * width + mx.arange(width, dtype=dtype)
+    flat = table.reshape(-1)
+    return flat.view(pack) if packed else flat, index.reshape(-1)
 
 
 def add_rows(table: mx.array, targets: mx.array, rows: mx.array, differentiable: bool) -> mx.array:
@@ -206,10 +248,12 @@ def add_rows(table: mx.array, targets: mx.array, rows: mx.array, differentiable:
     return table.view(mx.complex64).at[targets].add(rows.view(mx.complex64)).view(mx.float32)
 
 
-def evaluate(tree: Any) -> bool:
-    """Evaluate the arrays of a tree, unless something is tracing (``mx.compile``, ``vmap``, export); tells whether."""
+def evaluate(tree: Any, wait: bool = True) -> bool:
+    """Evaluate the arrays of a tree, or only start to, unless something is tracing (``mx.compile``, ``vmap``, export);
+    tells whether.
+    """
     try:
-        mx.eval(tree)
+        mx.eval(tree) if wait else mx.async_eval(tree)
         return True
     except ValueError:
         pass  # a traced value; what else may be wrong shows when the result is evaluated
