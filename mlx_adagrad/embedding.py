@@ -188,14 +188,12 @@ def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
     size = sum(gradient.values.size for gradient in recorded)
     with ops.beside(size):
         runs = [gradient.runs() for gradient in recorded if gradient.values.size]
-    tracing = not evaluate([value, others, runs, [gradient.values for gradient in recorded]])
+    evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded
     with ops.beside(size):
         gradients = _gradients(totals, tables, differentiable=False)
     found = (g for path, g in _flat(gradients) if path in tables)
-    arrays = [[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found]
-    if not tracing and not evaluate(arrays, wait=False):
-        evaluate(arrays)  # inside mx.compile, but of nothing that it traces: MLX only refuses to start
+    evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found], wait=False)
     return gradients
 
 

@@ -86,8 +86,6 @@ def _replace(
     named: int,
 ) -> tuple[mx.array, mx.array]:
     """The new ``(w, v)``: their first ``named`` rows are computed like any dense tensor and put in their places."""
-    if named == 0:
-        return w, v
     functions = ops.functions(plan.form, accumulator, plan.v_dtype, shapeless=True)
     v_rows = functions.accumulate(w_rows, g, v_rows, plan.scalars)
     w_rows = functions.descend(w_rows, g, v_rows, plan.scalars)

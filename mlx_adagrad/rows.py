@@ -208,9 +208,12 @@ def _flat_sum(zeros: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
 
     What adds along an axis in one sweep is in MLX the derivative of ``take_along_axis``.
     """
-    flat, index = _flat(zeros, targets, mx.complex64)  # a sum of two fp32 is a sum of one complex64
-    _, (sums,) = mx.vjp(lambda table: mx.take_along_axis(table, index, 0), [flat], [rows.reshape(-1).view(flat.dtype)])
-    return sums.view(zeros.dtype).reshape(zeros.shape)
+    words = _words(zeros, mx.complex64)  # a sum of two fp32 is a sum of one complex64
+    if words is None:
+        return zeros.at[targets].add(rows)
+    index, cotangent = _index(words, targets), rows.view(words.dtype).reshape(-1)
+    _, (sums,) = mx.vjp(lambda flat: mx.take_along_axis(flat, index, 0), [words.reshape(-1)], [cotangent])
+    return sums.reshape(words.shape).view(zeros.dtype)
 
 
 def put_rows(table: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
@@ -219,21 +222,28 @@ def put_rows(table: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
     In place where nothing else reads the table; on a CPU in a quarter of the time that an assignment by rows takes (0.5
     ms against 2.2 for 4,096 x 64 in a million rows). Has no derivative.
     """
-    flat, index = _flat(table, targets, mx.int64)
-    return mx.put_along_axis(flat, index, rows.reshape(-1).view(flat.dtype), 0).view(table.dtype).reshape(table.shape)
+    words = _words(table, mx.int64)
+    if words is None:
+        new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
+        new[targets] = rows
+        return new
+    flat = mx.put_along_axis(words.reshape(-1), _index(words, targets), rows.view(words.dtype).reshape(-1), 0)
+    return flat.reshape(words.shape).view(table.dtype)
 
 
-def _flat(table: mx.array, targets: mx.array, pack: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """The table on one axis, in words of 8 bytes (of dtype ``pack``) if a row is made of such; and the index there of
-    each word of the rows ``targets``.
+def _words(table: mx.array, dtype: mx.Dtype) -> mx.array | None:
+    """The table in words of 8 bytes, of ``dtype``, if its last axis is made of such; None where it has too many to
+    stand on one axis, whose length MLX holds in 32 bits.
     """
-    width, words = math.prod(table.shape[1:]), 8 // table.itemsize
-    packed = words > 1 and width % words == 0
-    width = width // words if packed else width
-    dtype = mx.int32 if len(table) * width < 2**31 else mx.int64
-    index = targets.astype(dtype)[:, None] * width + mx.arange(width, dtype=dtype)
-    flat = table.reshape(-1)
-    return flat.view(pack) if packed else flat, index.reshape(-1)
+    many = 8 // table.itemsize
+    words = table.view(dtype) if many > 1 and table.ndim > 1 and table.shape[-1] % many == 0 else table
+    return words if words.size < 2**31 else None
+
+
+def _index(words: mx.array, targets: mx.array) -> mx.array:
+    """Where the words of the rows ``targets`` are when the table stands on one axis."""
+    width = math.prod(words.shape[1:])
+    return (targets.astype(mx.int32)[:, None] * width + mx.arange(width, dtype=mx.int32)).reshape(-1)
 
 
 def add_rows(table: mx.array, targets: mx.array, rows: mx.array, differentiable: bool) -> mx.array:

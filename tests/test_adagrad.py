@@ -3,6 +3,7 @@
 import ast
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -109,6 +110,54 @@ def test_many_small_tensors_of_one_shape(count):
         want = adagrad(to_numpy(params[key]), [to_numpy(g[key]) for g in gradients])[-1]
         assert_near(got[key], want[0])
         assert_near(optimizer.state[key]["v"], want[1])
+
+
+@options
+@pytest.mark.parametrize("count", [1, 20], ids=["large", "batches"])
+def test_streams_change_no_bit(options, count, cpu, monkeypatch):
+    shapes = {"a": (3, 2), "b": (5,), "c": (2, 2)}
+    names = [f"{key}{i}" for key in shapes for i in range(count)]
+    rng = np.random.default_rng(0)
+    params = {name: mx.array(rng.normal(size=shapes[name[0]]), mx.float32) for name in names}
+    gradients = tree_map(lambda w: mx.array(rng.normal(size=w.shape) * (rng.random(w.shape) < 0.5), mx.float32), params)
+
+    def steps():
+        optimizer = Adagrad(0.1, **options, fused=False)
+        new = optimizer.apply_gradients(gradients, optimizer.apply_gradients(gradients, params))
+
+        def loss(lr, g):  # the derivative at a v of 0, too
+            other = Adagrad(0.1, **options, fused=False)
+            other.learning_rate = lr
+            return sum(mx.square(w).sum() for w in other.apply_gradients(g, params).values())
+
+        by_lr, by_gradients = mx.grad(loss, argnums=[0, 1])(mx.array(0.1), gradients)
+        return by_lr, [new, optimizer.state, by_gradients]
+
+    want_by_lr, want = steps()
+    want = bits(want)
+    dealt = []
+    deal = ops.StreamDealer.deal
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(ops.StreamDealer, "deal", lambda self, size, s: dealt.append(deal(self, size, s)) or dealt[-1])
+    by_lr, got = steps()
+    assert bits(got) == want
+    assert by_lr.item() == pytest.approx(want_by_lr.item(), rel=1e-5)  # a sum over all tensors, in another order
+    assert any(scalars.tiny is not None for _, scalars in dealt)
+
+
+def test_streams_leave_the_kernels_of_a_compiled_step_whole(cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    params = {str(i): mx.ones((4, 3)) for i in range(40)}
+    optimizer = Adagrad(0.1, fused=False)
+    optimizer.init(params)
+    mx.eval(params, optimizer.state)
+    step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+    new = step(params, params)
+    with open(tmp_path / "graph.dot", "w") as file:
+        mx.export_to_dot(file, *new.values())
+    nodes = re.findall(r'label ="([A-Za-z]+)', (tmp_path / "graph.dot").read_text())
+    assert sum(node.startswith("Compiled") for node in nodes) == len(params)
+    assert "Broadcast" not in nodes
 
 
 def test_layouts():
@@ -300,10 +349,11 @@ BAD_STEPS = {
 }
 
 
+@pytest.mark.parametrize("has_state", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("gradients, parameters, error, match", BAD_STEPS.values(), ids=BAD_STEPS.keys())
-def test_a_bad_step_changes_nothing(gradients, parameters, error, match):
+def test_a_bad_step_changes_nothing(gradients, parameters, error, match, has_state):
     optimizer = Adagrad(optim.exponential_decay(0.1, 0.9))
-    good = {"a": mx.ones((2,))}
+    good = {"a": mx.ones((2,)), **({"w": mx.ones((3,))} if has_state else {})}
     optimizer.apply_gradients(good, good)
     before = bits(optimizer.state)
     with pytest.raises(error, match=match):

@@ -16,6 +16,7 @@ import recorded
 import row_cases
 from cases import GPU_DTYPES, assert_near, bits, options, to_numpy
 from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, ops, row_ops
+from mlx_adagrad import rows as gradient_rows
 from mlx_adagrad.modifiers import Modifiers
 from mlx_adagrad.rule import Rule
 
@@ -537,6 +538,38 @@ def test_many_rows_are_replaced_as_few_are_added_to(options, accumulator, dtype,
         assert_near(got[0], to_numpy(want[0]), dtype)
     else:
         assert bits(got) == bits(want)
+
+
+def test_nothing_is_replaced_where_no_row_is_named(cpu, monkeypatch):
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    table, _ = row_cases.draw(30)
+    g = RowSparse(mx.array([-1, 30, 99]), mx.ones((3, *table.shape[1:])), 30)
+    optimizer = Adagrad(0.1, weight_decay=0.1)
+    new = optimizer.apply_gradients({"w": g}, {"w": table})
+    assert bits(new) == bits({"w": table})
+    assert not optimizer.state["w"]["v"].any()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.float64], ids=str)
+@pytest.mark.parametrize("shape", [(9,), (9, 1), (9, 3), (9, 4), (9, 3, 2), (9, 2, 3)], ids=str)
+def test_rows_are_put_where_they_belong(shape, dtype, cpu):
+    table, new = mx.random.normal(shape).astype(dtype), mx.random.normal((3, *shape[1:])).astype(dtype)
+    want = to_numpy(table).copy()
+    want[[7, 0, 4]] = to_numpy(new)
+    got = gradient_rows.put_rows(table, mx.array([7, 0, 4]), new)
+    assert got.dtype == dtype and got.shape == shape and np.array_equal(to_numpy(got), want)
+
+
+def test_the_last_of_many_words_can_be_named(cpu):
+    words = mx.zeros((2**31 // 32 - 1, 32))  # never evaluated
+    assert gradient_rows._words(words, mx.int64) is not None
+    assert gradient_rows._index(words, mx.array([len(words) - 1])).tolist() == list(range(2**31 - 64, 2**31 - 32))
+
+
+def test_a_table_may_have_more_elements_than_an_axis(cpu):
+    table, targets = mx.zeros((2**27, 64)), mx.array([5])  # MLX counts an axis in 32 bits; never evaluated
+    assert gradient_rows.put_rows(table, targets, mx.ones((1, 64))).shape == table.shape
+    assert gradient_rows._flat_sum(table, targets, mx.ones((1, 64))).shape == table.shape
 
 
 def test_rows_are_not_replaced_while_something_traces(cpu, monkeypatch):
