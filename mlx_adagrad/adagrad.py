@@ -274,26 +274,22 @@ class Adagrad(Configurable, Optimizer):
             return self._update_singly(leaves, states, step, fused)
         updated: list[Any] = [None] * len(leaves)
         for alike in leaves.alike():
-            if fused or not self._update_together(alike, leaves, states, step, updated):
+            plan = None if fused or len(alike) == 1 else self._plan_of_many(alike[0], leaves, states, step)
+            if plan is None:
                 for i in alike:
                     updated[i] = self._update(leaves[i], states[i], step, fused)
+                continue
+            ws, gs = [leaves.parameters[i] for i in alike], [leaves.gradients[i] for i in alike]
+            vs = [states[i]["v"] for i in alike]
+            for i, w, v in zip(alike, *plan.functions.update_many(ws, gs, vs, plan.scalars, step.dealer), strict=True):
+                updated[i], states[i]["v"] = w, v
         return updated
 
-    def _update_together(
-        self, alike: list[int], leaves: Leaves, states: Sequence[dict], step: Step, updated: list
-    ) -> bool:
-        """Update small tensors of one dtype and shape in few calls; False where that gains nothing, or cannot be."""
-        if len(alike) == 1:
-            return False
-        first = leaves.parameters[alike[0]]
-        plan = step.shared.get(first.dtype) or self._plan(leaves[alike[0]], states[alike[0]], step)
-        if first.dtype not in step.shared or not plan.functions.batches(first):
-            return False
-        columns = leaves.parameters, leaves.gradients, [state["v"] for state in states]
-        ws, gs, vs = ([column[i] for i in alike] for column in columns)
-        for i, w, v in zip(alike, *plan.functions.update_many(ws, gs, vs, plan.scalars, step.dealer), strict=True):
-            updated[i], states[i]["v"] = w, v
-        return True
+    def _plan_of_many(self, first: int, leaves: Leaves, states: Sequence[dict], step: Step) -> Plan | None:
+        """The plan of tensors like ``first`` that one call can update together; None where that cannot be."""
+        w = leaves.parameters[first]
+        plan = step.shared.get(w.dtype) or self._plan(leaves[first], states[first], step)
+        return plan if w.dtype in step.shared and plan.functions.batches(w) else None
 
     def _update_singly(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
         # MLX's documented point of extension
