@@ -1,5 +1,5 @@
 // One row of a coalesced gradient, by one simdgroup: g² or its mean over the row, to be added to the accumulator (ADD_V)
-// or added here to the rows of an accumulator in half precision. Adding -0.0f to a table changes no bit.
+// or added here to the rows of an accumulator in half precision, not rounded yet. Adding -0.0f to a table changes no bit.
 // w_rows, v_rows: one unread element where nobody needs them.
 uint lane = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;
@@ -16,13 +16,13 @@ for (uint column = lane; column < columns; column += threads_per_grid.x) {
     total += square;
   } else {
     float before = ADD_V ? -0.0f : float(v_rows[i]);
-    grown[i] = static_cast<V>(acts ? before + square : before);
+    grown[i] = acts ? before + square : before;
   }
 }
 if (ROW_WISE) {
   total = simd_sum(total);
   if (lane == 0) {
     float before = ADD_V ? -0.0f : float(v_rows[row]);
-    grown[row] = static_cast<V>(acts ? before + total / columns : before);
+    grown[row] = acts ? before + total / columns : before;
   }
 }

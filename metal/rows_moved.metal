@@ -1,5 +1,5 @@
-// One element of one touched row: what is added to the weight (ADD_W), or the new weight in half precision, given the
-// accumulator that has grown already. The table itself is not read: one with a reader is copied when it is written.
+// One element of one touched row: what is added to the weight (ADD_W), or the new weight in half precision, given an
+// accumulator that has grown already, in whose row targets[row] it stands. The table itself is not read: one with a reader is copied when it is written.
 // w_rows: its rows, one unread element where nobody needs them. Adding -0.0f to a table changes no bit.
 uint column = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;

@@ -17,6 +17,8 @@ COMPUTE_DTYPE = {
     mx.complex64: mx.float32,  # as two independent reals
 }
 
+HALF = (mx.float16, mx.bfloat16)
+
 
 @dataclass(frozen=True)
 class Dense:

@@ -307,7 +307,7 @@ class Adagrad(Configurable, Optimizer):
         plan = step.shared.get(w.dtype) or self._plan(leaf, state, step)
         fused = fused and self._has_kernel(leaf)
         if isinstance(g, RowSparse) and not self.lazy:
-            g = g.to_dense()
+            g = g.coalesce().to_dense()  # in fp32
         if isinstance(g, RowSparse):
             row = step.row(plan.scalars) if fused else None
             w, state["v"] = row_ops.update(plan, self.accumulator, w, g, state["v"], row, self.differentiable)

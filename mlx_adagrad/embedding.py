@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from . import ops
-from .look_ups import Table, by_module, rows_of, table_of, watching
+from .look_ups import Table, by_module, owned, rows_of, table_of, watching
 from .rows import RowSparse, evaluate
 
 
@@ -59,8 +59,9 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
     weights) is the dense total; that of a table that the loss does not depend on has no rows.
 
     With a table among the gradients, loss and gradients come evaluated, so that the optimizer can change the table in
-    place, unless something is tracing (``mx.compile``, ``mx.export_function``). What was evaluated has no derivative:
-    inside ``mx.grad`` take ``exportable=True``, which never evaluates.
+    place, unless something is tracing (``mx.compile``, ``mx.export_function``); sums over rows that were looked up more
+    than once may still be under way. What was evaluated has no derivative: inside ``mx.grad`` take ``exportable=True``,
+    which never evaluates.
 
     Args:
         model: The model whose trainable parameters to differentiate for. Do not differentiate for them, or call
@@ -70,39 +71,42 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
             Calls ``fn`` twice and throws the first away; knows no ``mx.checkpoint``. Default: ``False``.
 
     Returns:
-        A callable with the arguments of ``fn`` that returns its value and the gradients.
+        A callable with the arguments of ``fn`` that returns its value and the gradients. It raises a RuntimeError while
+        another thread differentiates the same table.
     """
 
     @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        parameters = model.trainable_parameters()
-        tables = _find_tables(model, parameters)
-        if not tables:
-            return nn.value_and_grad(model, fn)(*args, **kwargs)
-        before = _flat(parameters)
-        with watching(tables) as outermost:
-            try:
-                if exportable:
-                    return _run_exportable(model, fn, parameters, tables, args, kwargs)
-                value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
-                return value, _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
-            except BaseException:
-                model.update(tree_unflatten(before))  # there are tracers in it, and in the tree of parameters
-                raise
+        modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+        found = {path: module for path, module in modules.items() if isinstance(module, SparseEmbedding)}
+        with owned(found.values()):
+            return _value_and_grad(model, fn, found, exportable, args, kwargs)
 
     return wrapped
+
+
+def _value_and_grad(
+    model: nn.Module, fn: Callable, modules: dict[str, SparseEmbedding], exportable: bool, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    parameters = model.trainable_parameters()
+    before = _flat(parameters)
+    tables = {path: Table(modules[path]) for path, _ in before if path in modules}  # in the order of the tree
+    if not tables:
+        return nn.value_and_grad(model, fn)(*args, **kwargs)
+    with watching(tables) as outermost:
+        try:
+            if exportable:
+                return _run_exportable(model, fn, parameters, tables, args, kwargs)
+            value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
+            return value, _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
+        except BaseException:
+            model.update(tree_unflatten(before))  # there are tracers in it, and in the tree of parameters
+            raise
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
     flat: Any = tree_flatten(tree)
     return flat
-
-
-def _find_tables(model: nn.Module, parameters: dict) -> dict[str, Table]:
-    """The tables of ``model`` among its trainable parameters, by path, in the order of the tree."""
-    modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
-    found = ((path, modules.get(path)) for path, _ in _flat(parameters))
-    return {path: Table(module) for path, module in found if isinstance(module, SparseEmbedding)}
 
 
 def _differentiate(

@@ -57,7 +57,7 @@ class Leaves:
         for container, key, w in zip(self._containers, self._keys, updated, strict=True):
             container[key] = w
         for container, key, kind in self._tuples:
-            container[key] = kind(container[key])
+            container[key] = sequence(kind, container[key])
         return self._root[0]
 
     def _walk(self, g_tree: Any, w_tree: Any, state: Any, keys: tuple[Any, ...]) -> Any:
@@ -148,6 +148,11 @@ def collect(
     return leaves
 
 
+def sequence(kind: type, items: Iterable[Any]) -> Any:
+    """A list, tuple or namedtuple of the items."""
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
 def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
     if parameter is None:
         raise ValueError(f"[Adagrad] there is a gradient for '{dotted(keys)}' but no parameter.")
@@ -227,6 +232,8 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")
     v = state.get("v")
+    if v is not None and not isinstance(v, mx.array):
+        raise TypeError(f"[Adagrad] the state 'v' of '{path}' must be an array but got {type(v).__name__}.")
     if v is not None and v.shape != accumulator.shape(w):
         wanted = accumulator.shape(w)
         raise ValueError(f"[Adagrad] the state 'v' of '{path}' has shape {v.shape} but must have {wanted}.")
@@ -263,5 +270,5 @@ def copied(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: copied(child) for key, child in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(copied(child) for child in tree)
+        return sequence(type(tree), map(copied, tree))
     return tree

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from . import kernels
 from .rows import RowSparse, canonical, named
 
 _thread = threading.local()
+_owners: dict[int, int] = {}  # the threads that differentiate tables now, by the id of the module
+_owners_lock = threading.Lock()
 
 
 def rows_of(weight: mx.array, x: mx.array) -> mx.array:
@@ -121,6 +123,30 @@ def table_of(module: nn.Module) -> Table | None:
 def by_module(tables: dict[str, Table]) -> dict[int, Table]:
     """The tables by their modules; of paths that share one, the last, as in MLX."""
     return {id(table.module): table for table in tables.values()}
+
+
+@contextmanager
+def owned(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep other threads from differentiating these tables meanwhile: MLX lets no thread use the arrays of another's
+    trace, and they stand in the modules for a while.
+
+    Raises:
+        RuntimeError: If another thread does so already.
+    """
+    me, mine = threading.get_ident(), []
+    try:
+        with _owners_lock:
+            for module in modules:
+                if _owners.get(id(module), me) != me:
+                    raise RuntimeError("[value_and_grad] another thread is differentiating the same SparseEmbedding.")
+                if id(module) not in _owners:  # else an outer call of this thread owns it
+                    _owners[id(module)] = me
+                    mine.append(id(module))
+        yield
+    finally:
+        with _owners_lock:
+            for module in mine:
+                del _owners[module]
 
 
 @contextmanager

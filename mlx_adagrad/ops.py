@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import rule
-from .accumulators import COMPUTE_DTYPE, Dense, RowWise
+from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
 from .rule import Form, Scalars
 
 # From here on (32 MiB of fp32) two single-output functions win over one function of two outputs: a primitive with one
@@ -29,6 +29,9 @@ class Functions:
 
     def __init__(self, form: Form, accumulator: Dense, v_dtype: mx.Dtype, shapeless: bool = False):
         self.v_dtype = v_dtype
+        # Then both phases must be one: the update divides by the root of v before that is rounded, as the kernels do.
+        # What underflows in fp16 would else leave a large gradient over a v of 0.
+        self.rounds = v_dtype in HALF
         v_storage = mx.float32 if v_dtype == mx.complex64 else v_dtype  # of each part
 
         def accumulate(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
@@ -52,11 +55,11 @@ class Functions:
             return [w for w, _ in pairs], [v for _, v in pairs]
 
         self.many: Any = mx.compile(many)
-        self.both: Any = mx.compile(both)
         # MLX 0.32.4 crashes on a shapeless reduction over an axis of length 1
         pools = shapeless and isinstance(accumulator, RowWise)
         self.accumulate: Any = accumulate if pools else mx.compile(accumulate, shapeless=shapeless)
         self.descend: Any = descend if pools else mx.compile(descend, shapeless=shapeless)
+        self.both: Any = both if pools else mx.compile(both, shapeless=shapeless)
 
     def update(
         self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, dealer: StreamDealer | None = None
@@ -75,7 +78,7 @@ class Functions:
             return self._real_update(w, g, v, scalars)
 
     def _real_update(self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars) -> tuple[mx.array, mx.array]:
-        if w.size < IN_PLACE_ELEMENTS:
+        if w.size < IN_PLACE_ELEMENTS or self.rounds:
             return self.both(w, g, v, scalars)
         v = self.accumulate(w, g, v, scalars)
         return self.descend(w, g, v, scalars), v

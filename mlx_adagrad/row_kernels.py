@@ -55,22 +55,22 @@ class Functions:
 
     def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype, row: mx.array):
         self.row_wise = isinstance(accumulator, RowWise)
-        self.w_dtype, self.v_dtype = w_dtype, v_dtype
+        self.w_dtype = w_dtype
         self.row = row
         # a table in fp32 is added to, one in half precision gets new rows
         flags = ("ROW_WISE", self.row_wise), ("ADD_W", w_dtype == mx.float32), ("ADD_V", v_dtype == mx.float32)
         branches = [(name.upper(), value) for name, value in form._asdict().items()]
-        self.template = [("W", w_dtype), ("V", v_dtype), *flags, *branches]
+        self.template = [("W", w_dtype), *flags, *branches]
 
     def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, _: Scalars) -> mx.array:
-        """What is written to ``v``: g², or its mean over each row."""
+        """What is written to ``v``, in fp32: g² or its mean over each row, or the new rows in half precision."""
         rows, columns = len(g), g[0].size
         names = ("v_rows", "w_rows", "g", "live", "scalars")
         (grown,) = kernels.kernel("rows_grown", names, ("grown",))(
             inputs=[v_rows.reshape(-1), w_rows.reshape(-1), g.reshape(rows, columns), live.reshape(-1), self.row],
             template=self.template,
             output_shapes=[(rows,) if self.row_wise else (rows, columns)],
-            output_dtypes=[self.v_dtype],
+            output_dtypes=[mx.float32],
             **kernels.simdgroup_per_row(rows),
         )
         return grown if self.row_wise else grown.reshape(g.shape)
@@ -78,7 +78,7 @@ class Functions:
     def moved(
         self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, _: Scalars
     ) -> mx.array:
-        """What is written to ``w``, given the table ``v`` that has grown already."""
+        """What is written to ``w``, given a ``v`` that has grown already, in whose rows ``targets`` it stands."""
         rows, columns = len(g), g[0].size
         names = ("v", "targets", "w_rows", "g", "live", "scalars")
         (moved,) = kernels.kernel("rows_moved", names, ("moved",))(

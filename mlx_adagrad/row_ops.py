@@ -8,12 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import ops, row_kernels, rule
-from .accumulators import COMPUTE_DTYPE, Dense, RowWise
+from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
 from .rows import RowSparse, add_rows, evaluate, put_rows
 from .rule import Form, Scalars
 from .step import Plan
-
-HALF = (mx.float16, mx.bfloat16)
 
 
 def update(
@@ -87,8 +85,13 @@ def _replace(
 ) -> tuple[mx.array, mx.array]:
     """The new ``(w, v)``: their first ``named`` rows are computed like any dense tensor and put in their places."""
     functions = ops.functions(plan.form, accumulator, plan.v_dtype, shapeless=True)
-    v_rows = functions.accumulate(w_rows, g, v_rows, plan.scalars)
-    w_rows = functions.descend(w_rows, g, v_rows, plan.scalars)
+    if functions.rounds:
+        w_rows, v_rows = functions.both(w_rows, g, v_rows, plan.scalars)
+    else:
+        v_rows = functions.accumulate(w_rows, g, v_rows, plan.scalars)
+        if plan.form.coupled:
+            evaluate([v_rows])  # else it is still reading w_rows when they could be overwritten
+        w_rows = functions.descend(w_rows, g, v_rows, plan.scalars)
     if plan.form.update_accumulator:
         with ops.beside(g.size):
             v = put_rows(v, indices[:named], v_rows[:named])
@@ -121,9 +124,15 @@ def _add(
     read = [rows for rows in (w_rows, v_rows) if rows is not none]
     if read:
         evaluate(read)
-    if form.update_accumulator:
-        v = _write(v, targets, live, functions.grown(v_rows, w_rows, g, live, s), differentiable)
-    return _write(w, targets, live, functions.moved(v, targets, w_rows, g, live, s), differentiable), v
+    if not form.update_accumulator:
+        return _write(w, targets, live, functions.moved(v, targets, w_rows, g, live, s), differentiable), v
+    grown = functions.grown(v_rows, w_rows, g, live, s)
+    v = _write(v, targets, live, grown.astype(v.dtype), differentiable)
+    if v.dtype in HALF:  # the update divides by the root of v before it is rounded
+        moved = functions.moved(grown, mx.arange(len(g), dtype=mx.int32), w_rows, g, live, s)
+    else:
+        moved = functions.moved(v, targets, w_rows, g, live, s)
+    return _write(w, targets, live, moved, differentiable), v
 
 
 def _write(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, differentiable: bool) -> mx.array:
@@ -142,9 +151,9 @@ def _write(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, d
 class _Functions:
     """What is written to rows of ``v`` and of ``w``, in MLX operations compiled for any number of rows.
 
-    For a table in half precision these are its new rows. For others they are what is added; what is not ``live`` gets
-    -0.0 then, since x + -0.0 is x for every x. ``w_rows`` and ``v_rows`` are 0-d zeros where nobody needs them: without
-    decay the formula is linear in ``w``.
+    For a table in half precision these are its new rows, of ``v`` not rounded yet. For others they are what is added;
+    what is not ``live`` gets -0.0 then, since x + -0.0 is x for every x. ``w_rows`` and ``v_rows`` are 0-d zeros where
+    nobody needs them: without decay the formula is linear in ``w``.
     """
 
     def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype):
@@ -155,7 +164,7 @@ class _Functions:
         ) -> mx.array:
             w_rows, v_rows = w_rows.astype(g.dtype), accumulator.read(v_rows, g)
             rows = rule.accumulate(form, w_rows, g, v_rows, s, accumulator.pool)
-            return mx.where(_acting(live, s), rows, v_rows if v_dtype in HALF else idle).astype(v_dtype)
+            return mx.where(_acting(live, s), rows, v_rows if v_dtype in HALF else idle)
 
         def moved(
             v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars, idle: mx.array
@@ -178,7 +187,7 @@ class _Functions:
     def moved(
         self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
     ) -> mx.array:
-        """What is written to ``w``, given the table ``v`` that has grown already."""
+        """What is written to ``w``, given a ``v`` that has grown already, in whose rows ``targets`` it stands."""
         return self._moved(self.accumulator.read(v[targets], g), w_rows, g, live, s, _idle(g))
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,6 +96,16 @@ def test_large_tensors_take_other_ways_to_the_same_numbers(size, dtype):
     for key in params:
         assert_near(params[key], want_w, dtype)
         assert_near(optimizer.state[key]["v"], want_v, dtype)
+
+
+@pytest.mark.parametrize("accumulator", [Dense("parameter"), RowWise("parameter")], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_v_in_half_precision_is_rounded_after_the_update(dtype, accumulator, monkeypatch):
+    w, g = mx.zeros((4, 6), dtype), mx.full((4, 6), 1e-4, dtype)  # g² is 0 in fp16
+    for size in (ops.IN_PLACE_ELEMENTS, 1):
+        monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", size)
+        optimizer = Adagrad(0.1, accumulator=accumulator)
+        assert_near(optimizer.apply_gradients({"w": g}, {"w": w})["w"], np.full((4, 6), -0.1), dtype)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 33])
@@ -359,6 +369,30 @@ def test_a_bad_step_changes_nothing(gradients, parameters, error, match, has_sta
     with pytest.raises(error, match=match):
         optimizer.apply_gradients({"a": mx.ones((2,)), **gradients}, {"a": mx.ones((2,)), **parameters})
     assert bits(optimizer.state) == before
+
+
+def test_state_that_is_no_array_is_refused():
+    optimizer = Adagrad(0.1)
+    optimizer.state["w"] = {"v": "1.0"}
+    with pytest.raises(TypeError, match="state 'v' of 'w' must be an array but got str"):
+        optimizer.apply_gradients({"w": mx.ones((4,))}, {"w": mx.ones((4,))})
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_trees_keep_their_kinds():
+    tree = {"pair": Pair(mx.ones((3,)), (mx.ones((2,)), [mx.ones((1,))]))}
+    new = Adagrad(0.1).apply_gradients(tree, tree)
+    assert isinstance(new["pair"], Pair) and isinstance(new["pair"].second, tuple)
+    assert isinstance(new["pair"].second[1], list)
+    want = optim.Adagrad(0.1).apply_gradients(tree, tree)
+    assert bits(new) == bits(want)
+    leaves: Any = (mx.ones((3,)),)
+    root = Adagrad(0.1).apply_gradients(leaves, leaves)
+    assert isinstance(root, tuple) and len(root) == 1
 
 
 def test_state_of_another_shape_is_refused():

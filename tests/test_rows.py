@@ -540,6 +540,34 @@ def test_many_rows_are_replaced_as_few_are_added_to(options, accumulator, dtype,
         assert bits(got) == bits(want)
 
 
+@pytest.mark.parametrize("how", ["replaced", "added to", "compiled"])
+@pytest.mark.parametrize("accumulator", [Dense("parameter"), RowWise("parameter")], ids=str)
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_v_in_half_precision_is_rounded_after_the_update(accumulator, dtype, how):
+    table = mx.zeros((5, 4), dtype)
+    optimizer = Adagrad(0.1, accumulator=accumulator, fused=False, differentiable=how == "added to")
+    optimizer.init({"w": table})
+
+    def step(indices, values, table):
+        return optimizer.apply_gradients({"w": RowSparse(indices, values, 5)}, {"w": table})["w"]
+
+    if how == "compiled":
+        step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+    new = step(mx.array([3, 1]), mx.full((2, 4), 1e-4, dtype), table)  # g² is 0 in fp16
+    want = np.zeros((5, 4))
+    want[[1, 3]] = -0.1
+    assert_near(new, want, dtype)
+
+
+def test_not_lazy_sums_half_precision_in_fp32():
+    indices, values = mx.zeros((3000,), mx.int32), mx.random.normal((3000, 4)).astype(mx.bfloat16)
+    g = RowSparse(indices, values, 3)
+    optimizers = [Adagrad(0.1, lazy=lazy) for lazy in (True, False)]
+    for optimizer in optimizers:
+        optimizer.apply_gradients({"w": g}, {"w": mx.zeros((3, 4))})
+    assert_near(optimizers[1].state["w"]["v"], to_numpy(optimizers[0].state["w"]["v"]))
+
+
 def test_nothing_is_replaced_where_no_row_is_named(cpu, monkeypatch):
     monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
     table, _ = row_cases.draw(30)

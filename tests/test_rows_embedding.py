@@ -555,6 +555,33 @@ def test_nested_calls_of_different_models():
     assert_same(*inner_gradients)
 
 
+def test_another_thread_may_not_differentiate_the_same_table():
+    model, failures = Two(), []
+    weight = model.words.weight
+    other_model = Two()
+    mx.eval(other_model.parameters(), X, Y)
+
+    def other(model):
+        try:
+            with mx.stream(mx.new_stream(mx.default_device())):
+                value_and_grad(model, lambda: squares(model))()
+        except Exception as error:  # noqa: BLE001 - reported below
+            failures.append(str(error))
+
+    def fn():
+        for shared in (model, other_model):
+            thread = threading.Thread(target=other, args=(shared,))
+            thread.start()
+            thread.join()
+        value_and_grad(model.words, lambda: model.words(X).sum())()  # the same thread may
+        return squares(model)
+
+    value_and_grad(model, fn)()
+    assert failures == ["[value_and_grad] another thread is differentiating the same SparseEmbedding."]
+    assert model.words.weight is weight
+    value_and_grad(model, lambda: squares(model))()
+
+
 def test_nothing_is_kept_after_the_call():
     class Sentinel:
         pass
@@ -573,6 +600,28 @@ def test_nothing_is_kept_after_the_call():
     gc.collect()
     assert alive() is None
     assert not [o for o in gc.get_objects() if isinstance(o, Table)]
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}])
+def test_a_step_needs_no_more_than_five_buffers_of_the_rows_looked_up(options, cpu):
+    rows, dims, k = 100_000, 64, 4096
+    model, optimizer = SparseEmbedding(rows, dims), Adagrad(0.1, **options)
+    optimizer.init(model.trainable_parameters())
+    wanted = mx.random.normal((k, dims))
+    mx.eval(model.parameters(), optimizer.state, wanted)
+    vg = value_and_grad(model, lambda x: mx.square(model(x) - wanted).mean())
+    for _ in range(4):
+        x = mx.random.randint(0, rows, (k,))
+        mx.eval(x)
+        mx.synchronize()
+        gc.collect()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        _held = vg(x)
+        optimizer.update(model, _held[1])
+        mx.eval(model.parameters(), optimizer.state)
+        assert mx.get_peak_memory() - before < 4.9 * wanted.nbytes  # 2 % of a million rows
+        del _held
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)

@@ -101,6 +101,16 @@ def test_rows_that_are_not_named_keep_every_bit(accumulator, weight_decay, dtype
 
 
 @pytest.mark.parametrize("accumulator", [Dense("parameter"), RowWise("parameter")], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@dtypes
+def test_v_in_half_precision_is_rounded_after_the_update(accumulator, sparse, dtype):
+    table, g = mx.zeros((5, 4), dtype), mx.full((5, 4), 1e-4, dtype)  # g² is 0 in fp16
+    gradient = RowSparse(mx.arange(5), g, 5) if sparse else g
+    new = Adagrad(0.1, accumulator=accumulator, fused=True).apply_gradients({"w": gradient}, {"w": table})["w"]
+    assert_near(new, np.full((5, 4), -0.1), dtype)
+
+
+@pytest.mark.parametrize("accumulator", [Dense("parameter"), RowWise("parameter")], ids=str)
 def test_accumulators_in_half_precision(accumulator):
     table, gradients = row_cases.draw(30, dtype=mx.bfloat16)
     fused, plain = (Adagrad(0.1, accumulator=accumulator, fused=f) for f in (True, False))

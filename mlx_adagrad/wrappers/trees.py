@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.nn import Module
 
 from ..accumulators import COMPUTE_DTYPE
-from ..leaves import children, dotted, is_absent
+from ..leaves import children, dotted, is_absent, sequence
 from ..rows import RowSparse
 
 Keys = tuple[Any, ...]
@@ -52,7 +52,7 @@ def mapped(function: Callable[[Keys, Any], Any], tree: Any, keys: Keys = ()) -> 
     if isinstance(tree, dict):
         return {key: mapped(function, child, (*keys, key)) for key, child in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(mapped(function, child, (*keys, i)) for i, child in enumerate(tree))
+        return sequence(type(tree), (mapped(function, child, (*keys, i)) for i, child in enumerate(tree)))
     return function(keys, tree)
 
 
@@ -63,7 +63,8 @@ def pruned(tree: Any) -> Any:
         return {key: child for key, child in kept.items() if not is_absent(child)}
     if isinstance(tree, list | tuple):
         kept = [pruned(child) for child in tree]
-        return {} if all(map(is_absent, kept)) else type(tree)({} if is_absent(child) else child for child in kept)
+        filled = ({} if is_absent(child) else child for child in kept)
+        return {} if all(map(is_absent, kept)) else sequence(type(tree), filled)
     return tree
 
 
