@@ -13,7 +13,7 @@ from .accumulators import Dense
 from .configurable import Configurable
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect, dotted, fill, optimizable, slot
-from .modifiers import Modifiers
+from .modifiers import UNMODIFIED, Modifiers
 from .rates import LearningRate
 from .rows import RowSparse
 from .rule import Rule
@@ -241,7 +241,7 @@ class Adagrad(Configurable, Optimizer):
         """
         if self._is_idle(gradients):
             return {}
-        return self.apply_modified(gradients, parameters, Modifiers())
+        return self.apply_modified(gradients, parameters, UNMODIFIED)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         """:meth:`apply_gradients` with what wrappers derived for this step: it enters the update as scalars."""
@@ -266,7 +266,7 @@ class Adagrad(Configurable, Optimizer):
             keys, step, fused = self._in_progress
             return self._update((gradient, parameter, state, keys), state, step, fused)
         before = mx.maximum(self.step, 1) - 1
-        step = Step(self.accumulator, self._group_rate, before, Modifiers())
+        step = Step(self.accumulator, self._group_rate, before, UNMODIFIED)
         return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
     def _update_all(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:

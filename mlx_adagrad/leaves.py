@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from operator import attrgetter
 from typing import Any, NoReturn, TypeAlias
 
@@ -33,6 +33,8 @@ class Leaves:
     """
 
     def __init__(self, gradients: Any, parameters: Any, state: Any):
+        self.complete = False
+        self._kinds: Iterable[Any] | None = None  # the shapes, if they tell apart what may not be updated together
         self._found: list[tuple[Any, ...]] = []
         self._tuples: list[tuple[Any, Any, type]] = []  # where the new tree has a list that must become a tuple
         self._root = [self._walk(gradients, parameters, state, ())]
@@ -88,31 +90,26 @@ class Leaves:
         if isinstance(tree, tuple):
             self._tuples.append((container, key, type(tree)))
 
-    @cached_property
-    def complete(self) -> bool:
-        """Whether every leaf is what nearly all are: arrays of one shape in real dtypes, with a state that has v."""
+    def inspect(self) -> None:
+        """Find out whether the leaves are ``complete``: arrays of one shape in real dtypes, with a state that has v, as
+        nearly all are.
+        """
         gs, ws, states = self.gradients, self.parameters, self.states
         if {*map(type, gs), *map(type, ws)} != {mx.array} or {*map(type, states)} != {dict}:
-            return False
+            return
         vs = [state.get("v") for state in states]
-        if not {*map(_dtype, gs)} | self._dtypes <= _USUAL or {*map(type, vs)} != {mx.array}:
-            return False
-        return self._shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
-
-    @cached_property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [*map(_shape, self.parameters)]
-
-    @cached_property
-    def _dtypes(self) -> set[mx.Dtype]:
-        return {*map(_dtype, self.parameters)}
+        dtypes = {*map(_dtype, ws)}
+        if not {*map(_dtype, gs)} | dtypes <= _USUAL or {*map(type, vs)} != {mx.array}:
+            return
+        shapes = [*map(_shape, ws)]
+        self.complete = shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
+        self._kinds = shapes if len(dtypes) == 1 else None
 
     def alike(self) -> Iterable[list[int]]:
         """The indices of the leaves, those of one dtype and shape in one list; a row-sparse gradient stands alone."""
-        if self.complete and len(self._dtypes) == 1:
-            kinds: Iterable[Any] = self._shapes
-        else:
-            kinds = zip(map(_dtype, self.parameters), self._shapes, strict=True)
+        kinds = self._kinds
+        if kinds is None:
+            kinds = zip(map(_dtype, self.parameters), map(_shape, self.parameters), strict=True)
         found: dict[Any, list[int]] = {}
         for i, kind in enumerate(kinds):
             if not self.complete and isinstance(self.gradients[i], RowSparse):
@@ -139,7 +136,9 @@ def collect(
         TypeError: For a leaf that is no array.
     """
     leaves = Leaves(gradients, parameters, state)
-    if type(accumulator) is not Dense or not leaves.complete:
+    if type(accumulator) is Dense:
+        leaves.inspect()
+    if not leaves.complete:
         for leaf in leaves:
             check_leaf(accumulator, leaf)
     if check is not None:

@@ -89,5 +89,8 @@ class Modifiers:
         return _clip(gradient, low, high)
 
 
+UNMODIFIED = Modifiers()
+
+
 def _clip(gradient: mx.array, low: mx.array, high: mx.array) -> mx.array:
     return mx.minimum(mx.maximum(gradient, low), high)

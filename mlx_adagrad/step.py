@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -11,6 +12,11 @@ from . import ops
 from .accumulators import COMPUTE_DTYPE, Dense
 from .modifiers import Modifiers, at
 from .rule import Form, Rule, Scalars, effective_lr
+
+
+@cache
+def _constant(value: float, dtype: mx.Dtype) -> mx.array:
+    return mx.array(value, dtype)
 
 
 class Plan(NamedTuple):
@@ -74,7 +80,7 @@ class Step:
         apply = None if isinstance(m.apply, bool) else m.apply
         form = rule.form(scaled=scale is not None, clipped=low is not None, gated=apply is not None)
         lr = effective_lr(rule, self.learning_rate(group).astype(dtype), before)
-        eps, weight_decay = mx.array(rule.eps, dtype), mx.array(rule.weight_decay, dtype)
+        eps, weight_decay = _constant(rule.eps, dtype), _constant(rule.weight_decay, dtype)
         scale, low, high = (None if s is None else s.astype(dtype) for s in (scale, low, high))
         v_dtype = self.accumulator.storage_dtype(w)
         functions = ops.functions(form, self.accumulator, v_dtype)

@@ -11,7 +11,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..configurable import Configurable
 from ..leaves import fill
-from ..modifiers import Modifiers
+from ..modifiers import UNMODIFIED, Modifiers
 from ..rates import LearningRate
 from . import foreign
 from .states import check_own, check_roots, refuse_inside
@@ -125,7 +125,7 @@ class Wrapper(Configurable, Optimizer):
         """
         if self._is_idle(gradients):
             return {}
-        return self.apply_modified(gradients, parameters, Modifiers())
+        return self.apply_modified(gradients, parameters, UNMODIFIED)
 
     def _is_idle(self, gradients: Any) -> bool:
         # a preset inside has the same rule as without this wrapper
