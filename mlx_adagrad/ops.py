@@ -17,10 +17,10 @@ from .rule import Form, Scalars
 # output writes into its input's buffer, while glibc maps allocations of this size afresh each time (measured on Linux
 # x86-64, MLX 0.32.4: at 8.0M elements 18 ms in one pass and 26 in place, at 8.5M 45 and 22).
 IN_PLACE_ELEMENTS = 2**23
-# From here on tensors are dealt over two CPU streams; smaller ones gain nothing.
+# Work on this many elements (a tensor, or a batch of small ones) is dealt over two CPU streams; less gains nothing.
 PARALLEL_ELEMENTS = 32_768
 CPU_STREAMS = 2
-# Smaller ones of one shape are updated this many in one compiled call: a call costs about as much as a small update.
+# Smaller tensors of one shape are updated this many in one compiled call: a call costs about as much as a small update.
 BATCH = 16
 
 
@@ -125,7 +125,7 @@ def _computing(w: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
 
 @cache
 def functions(form: Form, accumulator: Dense, v_dtype: mx.Dtype, shapeless: bool = False) -> Functions:
-    """The compiled functions, one set for each combination; ``shapeless``: the two phases take any number of rows
+    """The compiled functions, one set for each combination; ``shapeless``: those for one tensor take any number of rows
     without compiling anew.
     """
     return Functions(form, accumulator, v_dtype, shapeless)

@@ -26,9 +26,9 @@ def update(
     """The new ``(w, v)`` of a table; rows that the gradient does not name stay as they are, bit for bit.
 
     MLX writes to rows in place in an array that nothing else reads. So rows that are read first are gathered *and
-    evaluated*, unless something is tracing; then the table is copied. On the CPU these are all that are named, and the
-    new ones are put in their places. Elsewhere they are those that weight decay and the one rounding of half precision
-    need; other changes are added to the tables.
+    evaluated*, unless something is tracing; then the table is copied. Where many rows are named, the CPU reads them all
+    and puts the new ones in their places. Elsewhere only weight decay and the one rounding of half precision need rows;
+    other changes are added to the tables.
 
     Args:
         plan: Form, numbers and dtypes of this step.
