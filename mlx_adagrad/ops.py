@@ -19,8 +19,8 @@ from .rule import Form, Scalars
 IN_PLACE_ELEMENTS = 2**23
 # Work on this many elements (a tensor, or a batch of small ones) is dealt over the CPU's streams; less gains nothing.
 PARALLEL_ELEMENTS = 32_768
-# More than the two cores this was measured on: while one stream waits for its next task, another has one (448 tensors of
-# 8 x 512 take 7 % less time than on two streams, large tensors the same).
+# More than the two cores this was measured on: while one stream waits for its next task, another has one (448 tensors
+# of 8 x 512 take 7 % less time than on two streams, large tensors the same).
 CPU_STREAMS = 4
 # Smaller tensors of one shape are updated this many in one compiled call: a call costs about as much as a small update.
 BATCH = 16
@@ -157,13 +157,16 @@ class StreamDealer:
 
     def _own_scalars(self, extra: int, scalars: Scalars) -> Scalars:
         # Inside a user's mx.compile equal operations on one array become one, on whichever stream, and what crosses
-        # streams is not fused: 1.2 times slower (12 tensors of 1024 x 1024). Copies of the scalars keep them apart.
+        # streams is not fused: 1.2 times slower (12 tensors of 1024 x 1024). Copies of the scalars keep them apart, for
+        # each stream one more copy of a copy, since equal copies would become one too.
         key = extra, id(scalars)
         if key not in self._own:
             tiny = mx.array(rule.SMALLEST_NORMAL[scalars.lr.dtype], scalars.lr.dtype)
             given = {name: s for name, s in scalars._replace(tiny=tiny)._asdict().items() if s is not None}
             with mx.stream(_extra_streams()[extra]):
-                own = scalars._replace(**{name: mx.contiguous(s) for name, s in given.items()})
+                for _ in range(extra + 1):
+                    given = {name: mx.contiguous(s) for name, s in given.items()}
+            own = scalars._replace(**given)
             self._own[key] = scalars, own  # both: once freed, other scalars could get that id
         return self._own[key][1]
 
