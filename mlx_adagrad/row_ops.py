@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from . import ops, row_kernels, rule
 from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
-from .rows import RowSparse, add_rows, evaluate, put_rows
+from .rows import RowSparse, add_rows, assign_rows, evaluate, put_rows
 from .rule import Form, Scalars
 from .step import Plan
 
@@ -142,10 +142,8 @@ def _write(table: mx.array, targets: mx.array, live: mx.array, rows: mx.array, d
     # One row must not be written in two ways: what is not live repeats the first row, which is live if any is, and
     # holds its old values if none is.
     live = live.reshape(-1, *(1,) * (rows.ndim - 1))
-    new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
     first = mx.where(live.reshape(-1), targets, targets[:1])
-    new[first] = mx.where(live, rows, rows[:1])
-    return new
+    return assign_rows(table, first, mx.where(live, rows, rows[:1]))
 
 
 class _Functions:

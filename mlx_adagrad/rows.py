@@ -224,11 +224,16 @@ def put_rows(table: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
     """
     words = _words(table, mx.int64)
     if words is None:
-        new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
-        new[targets] = rows
-        return new
+        return assign_rows(table, targets, rows)
     flat = mx.put_along_axis(words.reshape(-1), _index(words, targets), rows.view(words.dtype).reshape(-1), 0)
     return flat.reshape(words.shape).view(table.dtype)
+
+
+def assign_rows(table: mx.array, targets: mx.array, rows: mx.array) -> mx.array:
+    """``table`` with ``rows`` in place of those named by ``targets``."""
+    new = mx.array(table)  # an assignment changes the Python object, and the old one is not ours
+    new[targets] = rows
+    return new
 
 
 def _words(table: mx.array, dtype: mx.Dtype) -> mx.array | None:
