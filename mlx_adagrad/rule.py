@@ -151,8 +151,13 @@ def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
     return root if form.eps_inside_sqrt else root + s.eps
 
 
+def quotient(form: Form, w: Any, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
+    """``lr g / denominator(v)``; only coupled weight decay reads ``w``."""
+    return s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
+
+
 def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
     """``w - lr g / denominator(v)`` for the ``v`` that already holds this gradient."""
     decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
-    new = decayed - s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
+    new = decayed - quotient(form, w, g, v, s)
     return mx.where(s.apply, new, w) if form.gated else new

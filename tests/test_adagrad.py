@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from cases import (
 )
 from mlx_adagrad import Adagrad, Dense, RowWise, ops
 from mlx_adagrad.modifiers import Modifiers
-from mlx_adagrad.rule import Rule
+from mlx_adagrad.rule import Rule, Scalars
+from mlx_adagrad.wrappers import SkipNonFinite
 from reference import adagrad
 
 
@@ -153,6 +155,124 @@ def test_streams_change_no_bit(options, count, cpu, monkeypatch):
     assert bits(got) == want
     assert by_lr.item() == pytest.approx(want_by_lr.item(), rel=1e-5)  # a sum over all tensors, in another order
     assert any(scalars.tiny is not None for _, scalars in dealt)
+
+
+@options
+@pytest.mark.parametrize("accumulator", [Dense(), RowWise()], ids=str)
+@pytest.mark.parametrize("shape", [(47,), (23, 3), (11, 2, 2)], ids=str)
+def test_pieces_change_no_bit(options, accumulator, shape, cpu, monkeypatch):
+    rng = np.random.default_rng(0)
+    params = {"large": mx.array(rng.normal(size=shape), mx.float32), "small": mx.ones((2,))}
+    params["large"][0] = -0.0
+    gradients = tree_map(lambda w: mx.array(rng.normal(size=w.shape) * (rng.random(w.shape) < 0.5), mx.float32), params)
+    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
+
+    def steps(smallest, compiled=False):
+        monkeypatch.setattr(ops, "LARGE_PIECE", 2 * smallest)
+        monkeypatch.setattr(ops, "SMALL_PIECE", smallest)
+        optimizer = Adagrad(0.1, **options, accumulator=accumulator, fused=False)
+        new = optimizer.apply_gradients(gradients, params)
+        mx.eval(new, optimizer.state)
+        apply = optimizer.apply_gradients
+        apply = mx.compile(apply, inputs=optimizer.state, outputs=optimizer.state) if compiled else apply
+        new = apply(gradients, new)
+
+        def loss(g):
+            updated = Adagrad(0.1, **options, accumulator=accumulator, fused=False).apply_gradients(g, params)
+            return sum(mx.square(w).sum() for w in updated.values())
+
+        by_gradients = tree_map(lambda d: d + 0, mx.grad(loss)(gradients))  # a derivative of 0 has no sign
+        return [new, optimizer.state, by_gradients]
+
+    cut, taken = ops.Functions._update_in_pieces, []
+    monkeypatch.setattr(ops.Functions, "_update_in_pieces", lambda *a: taken.append(a[1].shape) or cut(*a))
+    want = bits(steps(0))
+    assert taken == []
+    assert bits(steps(4)) == want
+    assert bool(taken) is ("weight_decay" not in options)
+    assert bits(steps(4, compiled=True)) == want
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "nan"])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float64", "float32"), ("bfloat16", "float32")], ids=str)
+def test_skipped_steps_and_other_dtypes_of_tensors_that_might_be_cut(dtypes, bad, cpu, monkeypatch):
+    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
+    rng = np.random.default_rng(0)
+    w, g = (mx.array(rng.normal(size=(23, 3))).astype(getattr(mx, dtype)) for dtype in dtypes)
+    if bad:
+        g[0, 0] = mx.nan
+
+    monkeypatch.setattr(ops, "LARGE_PIECE", 8)
+
+    def step(smallest, optimizer):
+        monkeypatch.setattr(ops, "SMALL_PIECE", smallest)
+        new = optimizer.apply_gradients({"w": g}, {"w": w})
+        return bits([new, optimizer.state])
+
+    assert step(4, SkipNonFinite(Adagrad(0.1))) == step(0, SkipNonFinite(Adagrad(0.1)))
+    if not bad:  # a NaN has a sign, and not always the same
+        assert step(4, Adagrad(0.1)) == step(0, Adagrad(0.1))
+
+
+@pytest.mark.parametrize(
+    "shapes, cut",
+    [
+        ({"a": (40, 3), "b": (30, 3)}, [(40, 3)]),
+        ({"a": (40, 3), "b": (40, 3)}, []),  # each keeps a core busy
+        ({"a": (5, 13)}, []),  # rows are too long
+        ({"a": (16, 3)}, []),  # not in place
+    ],
+    ids=["largest", "equal", "long rows", "small"],
+)
+def test_what_is_updated_in_pieces(shapes, cut, cpu, monkeypatch):
+    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 50)
+    monkeypatch.setattr(ops, "LARGE_PIECE", 24)
+    monkeypatch.setattr(ops, "SMALL_PIECE", 12)
+    update, taken = ops.Functions._update_in_pieces, []
+    monkeypatch.setattr(ops.Functions, "_update_in_pieces", lambda *a: taken.append(a[1].shape) or update(*a))
+    params = {name: mx.ones(shape) for name, shape in shapes.items()}
+    Adagrad(0.1).apply_gradients(params, params)
+    assert taken == cut
+
+
+def test_a_gpu_gets_whole_tensors_on_one_stream(monkeypatch):
+    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    scalars, dealer = Scalars(mx.array(0.1), mx.array(0.0), mx.array(0.0)), ops.StreamDealer()
+    dealer.on_cpu = False
+    assert not dealer.cuts(mx.ones((8, 2)))
+    for _ in range(3):
+        stream, own = dealer.deal(16, scalars)
+        assert own is scalars and isinstance(stream, nullcontext)
+
+
+@pytest.mark.parametrize("length", [1, 7, 10, 11, 99, 100, 101, 1234])
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_splits_are_whole_and_cheap_to_differentiate(length, rows, tmp_path):
+    x = mx.arange(2.0 * length).reshape(length, 2)
+    pieces = ops.split(x, rows)
+    assert [len(p) for p in pieces[:-1]] == [rows] * (len(pieces) - 1) and 1 <= len(pieces[-1]) <= rows
+    assert mx.array_equal(mx.concatenate(pieces), x)
+    by_x = mx.grad(lambda x: sum((i * p).sum() for i, p in enumerate(ops.split(x, rows))))(x)
+    with open(tmp_path / "graph.dot", "w") as file:
+        mx.export_to_dot(file, by_x)
+    assert "Slice" not in (tmp_path / "graph.dot").read_text()  # each would fill an array as large as x
+    assert mx.array_equal(by_x[:, 0], mx.arange(length) // rows)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["dealt", "in pieces"])
+def test_a_step_on_several_streams_can_be_exported(in_place, cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 20 if in_place else 1000)
+    monkeypatch.setattr(ops, "SMALL_PIECE", 4)
+    arrays = [mx.ones((23, 2)), mx.ones((3, 2)), mx.ones((4,))]
+
+    def step(*parameters):
+        params = dict(enumerate(parameters))
+        return list(Adagrad(0.1, fused=False).apply_gradients(params, params).values())
+
+    mx.export_function(str(tmp_path / "step.mlxfn"), step, *arrays)
+    assert bits(mx.import_function(str(tmp_path / "step.mlxfn"))(*arrays)) == bits(step(*arrays))
 
 
 def test_streams_leave_the_kernels_of_a_compiled_step_whole(cpu, monkeypatch, tmp_path):
