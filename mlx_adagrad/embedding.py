@@ -194,8 +194,7 @@ def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
         runs = [gradient.runs() for gradient in recorded if gradient.values.size]
     evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded
-    with ops.beside(size):
-        gradients = _gradients(totals, tables, differentiable=False)
+    gradients = _gradients(totals, tables, differentiable=False)
     found = (g for path, g in _flat(gradients) if path in tables)
     evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found], wait=False)
     return gradients

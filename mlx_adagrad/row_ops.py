@@ -62,8 +62,8 @@ def _worth_reading(w: mx.array, g: mx.array) -> bool:
 
 def _read(w: mx.array, v: mx.array, gradient: RowSparse) -> tuple[mx.array, mx.array, int] | None:
     """The rows that the gradient names of ``w`` and ``v``, and how many they are; None where something is tracing."""
-    targets = gradient.targets()
     with ops.beside(gradient.values.size):
+        targets = gradient.targets()
         v_rows = v[targets]
     w_rows, named = w[targets], mx.sum(gradient.indices < gradient.num_rows)
     if not evaluate([w_rows, v_rows, named]):
