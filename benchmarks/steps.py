@@ -52,10 +52,7 @@ def candidates(shapes: Sequence[Shape]) -> dict[str, Candidate]:
             partial(_eager, ours, parameters, gradients),
             ONE_PASS if on_gpu() else _operations_bytes(shapes),
         ),
-        "ours compiled": Candidate(
-            partial(_compiled, ours, parameters, gradients),
-            ONE_PASS if on_gpu() else _operations_bytes(shapes, uncut=ONE_PASS),
-        ),
+        "ours compiled": Candidate(partial(_compiled, ours, parameters, gradients), ONE_PASS),
     }
     if on_gpu():
         setup = partial(_eager, operations, parameters, gradients)
@@ -65,13 +62,13 @@ def candidates(shapes: Sequence[Shape]) -> dict[str, Candidate]:
     return found
 
 
-def _operations_bytes(shapes: Sequence[Shape], uncut: int = TWO_PASSES) -> float:
+def _operations_bytes(shapes: Sequence[Shape]) -> float:
     total = sum(map(prod, shapes))
 
     def each(size: int) -> int:
         if size < IN_PLACE_ELEMENTS:
             return ONE_PASS
-        return IN_PIECES if 2 * size > total and not on_gpu() else uncut
+        return IN_PIECES if 2 * size > total and not on_gpu() else TWO_PASSES
 
     return sum(each(prod(shape)) * prod(shape) for shape in shapes) / total
 

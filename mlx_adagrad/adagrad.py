@@ -270,9 +270,9 @@ class Adagrad(Configurable, Optimizer):
         return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
 
     def _update_all(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
+        step.dealer.parameters = leaves.parameters
         if type(self).apply_single is not Adagrad.apply_single:
             return self._update_singly(leaves, states, step, fused)
-        step.dealer.parameters = leaves.parameters
         updated: list[Any] = [None] * len(leaves)
         for alike in leaves.alike():
             plan = None if fused or len(alike) == 1 else self._plan_of_many(alike[0], leaves, states, step)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +26,13 @@ PARALLEL_ELEMENTS = 32_768
 CPU_STREAMS = 4
 # One tensor in place keeps one core busy, most of the time with square roots. If it outweighs all others, its steps are
 # therefore computed on two streams and added to it in turns: a large piece from the second stream, and small ones from
-# the first, which also accumulates and adds (4000 x 4000: 37 ms instead of 40). About six turns are under way at once,
+# the first, which also accumulates and adds (4000 x 4000: 36 ms instead of 40). About six turns are under way at once,
 # 6 MB of fp32: larger pieces would be faster, at the price of memory.
 LARGE_PIECE, SMALL_PIECE, SMALL_PIECES = 160_000, 32_000, 3
 # Smaller tensors of one shape are updated this many in one compiled call: a call costs about as much as a small update.
 BATCH = 16
+
+_thread = threading.local()
 
 
 class Functions:
@@ -88,7 +91,8 @@ class Functions:
             return self._complex_update(w, g, v, scalars)
         if dealer is None:
             return self._real_update(w, g, v, scalars)
-        if self.adds and w.dtype == scalars.lr.dtype and dealer.cuts(w):
+        # MLX's vmap adds to a slice of the first member only, and a shapeless trace has no slices
+        if self.adds and w.dtype == scalars.lr.dtype and dealer.cuts(w) and not is_traced(w, g, v, *scalars):
             return self._update_in_pieces(w, g, v, scalars, dealer)
         stream, scalars = dealer.deal(w.size, scalars)
         with stream:
@@ -105,19 +109,14 @@ class Functions:
     ) -> tuple[mx.array, mx.array]:
         """:meth:`update` in place on two cores, with the same bits: ``w + -step`` is ``w - step``."""
         v = self.accumulate(w, g, v, scalars)
-        large, small = (elements * len(w) // w.size for elements in (LARGE_PIECE, SMALL_PIECE))
-        turn = large + SMALL_PIECES * small
-        second, own_scalars = dealer.second(scalars)
-        with second:  # splitting, too: else each piece of this stream would wait for the first one
-            others = zip(split(alias(g), turn), split(alias(v), turn), strict=True)
-        turns = zip(range(0, len(w), turn), split(g, turn), split(v, turn), others, strict=True)
-        for start, g_turn, v_turn, (g_second, v_second) in turns:
-            with second:
-                step = self.negative_step(g_second[:large], v_second[:large], own_scalars)
-            w = w.at[start : start + large].add(step)
-            for begin in range(large, len(g_turn), small):
-                step = self.negative_step(g_turn[begin : begin + small], v_turn[begin : begin + small], scalars)
-                w = w.at[start + begin : start + begin + small].add(step)
+        start, turns = 0, itertools.cycle(dealer.turn(w))
+        while start < len(w):
+            rows, stream = next(turns)
+            piece = slice(start, start + rows)
+            with stream:  # slicing, too: else this stream would wait for the other before each piece
+                step = self.negative_step(g[piece], v[piece], scalars)
+            w = w.at[piece].add(step)
+            start += rows
         return w, v
 
     def batches(self, w: mx.array) -> bool:
@@ -148,21 +147,22 @@ class Functions:
         return join(w_real, w_imag), join(v_real, v_imag)
 
 
-def split(x: mx.array, rows: int) -> list[mx.array]:
-    """``x`` in pieces of ``rows``, the last one of what is left."""
-    if len(x) <= rows:
-        return [x]
-    # Ten at a time, since these have one derivative, a concatenation: in larger splits, MLX 0.32.4 slices, and the
-    # derivative of each slice is an array as large as x.
-    width = rows
-    while 10 * width < len(x):
-        width *= 10
-    return [piece for part in mx.split(x, list(range(width, len(x), width))) for piece in split(part, rows)]
+def is_traced(*arrays: mx.array | None) -> bool:
+    """Whether a transformation (``mx.compile``, ``vmap``, ``grad``, export) sees one of these; evaluates nothing.
+
+    MLX calls the Python function behind a compiled one anew for arrays that are being traced.
+    """
+    given = [array for array in arrays if array is not None]
+    _probe(*given)  # compiled for as many arrays now, if it was not before
+    _thread.probe_ran = False
+    _probe(*given)
+    return _thread.probe_ran
 
 
-def alias(x: mx.array) -> mx.array:
-    """``x`` under another name: operations on both are not taken for the same ones by ``mx.compile``."""
-    return mx.squeeze(mx.expand_dims(x, 0), 0)  # unlike mx.contiguous, these can be exported
+@partial(mx.compile, shapeless=True)
+def _probe(*_arrays: mx.array) -> list[mx.array]:
+    _thread.probe_ran = True
+    return []
 
 
 def join(real: mx.array, imaginary: mx.array) -> mx.array:
@@ -209,15 +209,17 @@ class StreamDealer:
         return mx.stream(_extra_streams()[least - 1]), self._own_scalars(least - 1, scalars)
 
     def cuts(self, w: mx.array) -> bool:
-        """Whether to update ``w`` in pieces: in place, a core would have nothing else to do, and its rows are short."""
+        """Whether to update ``w`` in pieces: in place, a core would have nothing else to do, as far as this optimizer
+        knows, and its rows are short.
+        """
         if w.size < IN_PLACE_ELEMENTS or w.size > SMALL_PIECE * len(w) or not self.on_cpu:
             return False
         return 2 * w.size > sum(p.size for p in self.parameters)
 
-    def second(self, scalars: Scalars) -> tuple[AbstractContextManager, Scalars]:
-        """The second stream, as a context, and the scalars to use there."""
-        own = self._own_scalars(0, scalars)._replace(tiny=None)  # g++ makes 1.1 times faster code of a constant
-        return mx.stream(_extra_streams()[0]), own
+    def turn(self, w: mx.array) -> list[tuple[int, AbstractContextManager]]:
+        """The pieces of a turn: how many rows of ``w``, and the stream that computes their step."""
+        large, small = (elements * len(w) // w.size for elements in (LARGE_PIECE, SMALL_PIECE))
+        return [(large, mx.stream(_extra_streams()[0])), *[(small, nullcontext())] * SMALL_PIECES]
 
     def _own_scalars(self, extra: int, scalars: Scalars) -> Scalars:
         # Inside a user's mx.compile equal operations on one array become one, on whichever stream, and what crosses
@@ -229,7 +231,8 @@ class StreamDealer:
             given = {name: s for name, s in scalars._replace(tiny=tiny)._asdict().items() if s is not None}
             with mx.stream(_extra_streams()[extra]):
                 for _ in range(extra + 1):
-                    given = {name: alias(s) for name, s in given.items()}
+                    # an alias that, unlike mx.contiguous, can be exported
+                    given = {name: mx.squeeze(mx.expand_dims(s, 0), 0) for name, s in given.items()}
             own = scalars._replace(**given)
             self._own[key] = scalars, own  # both: once freed, other scalars could get that id
         return self._own[key][1]
@@ -239,9 +242,6 @@ def beside(size: int) -> AbstractContextManager:
     """For work on ``size`` elements that need not wait for other work: a second stream of the CPU, as a context."""
     worth_it = size >= PARALLEL_ELEMENTS and mx.default_device() == mx.cpu
     return mx.stream(_extra_streams()[0]) if worth_it else nullcontext()
-
-
-_thread = threading.local()
 
 
 def _extra_streams() -> list[mx.Stream]:

@@ -132,7 +132,6 @@ def test_bytes_follow_the_path_that_a_tensor_takes(benchmark, monkeypatch):
     assert steps._operations_bytes([(10,), (3, 4)]) == 20
     assert steps._operations_bytes([large]) == 36
     assert steps._operations_bytes([large, large, (steps.IN_PLACE_ELEMENTS - 1,)]) == pytest.approx(25.33, abs=0.01)
-    assert steps._operations_bytes([large, large], uncut=20) == 20
     monkeypatch.setattr(steps, "on_gpu", lambda: True)
     assert steps._operations_bytes([large]) == 28
 
