@@ -189,8 +189,7 @@ def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
     """
     others = [g for path, g in _flat(totals) if path not in tables or tables[path].is_dense(g)]
     recorded = [table.recorded() for table in tables.values()]
-    size = sum(gradient.values.size for gradient in recorded)
-    with ops.beside(size):
+    with ops.beside(sum(gradient.values.size for gradient in recorded)):
         runs = [gradient.runs() for gradient in recorded if gradient.values.size]
     evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded

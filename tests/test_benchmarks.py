@@ -126,8 +126,8 @@ def test_shapes_are_described(benchmark):
 
 
 def test_bytes_follow_the_path_that_a_tensor_takes(benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark("steps"), "on_gpu", lambda: False)
     steps = benchmark("steps")
+    monkeypatch.setattr(steps, "on_gpu", lambda: False)
     large = (steps.IN_PLACE_ELEMENTS,)
     assert steps._operations_bytes([(10,), (3, 4)]) == 20
     assert steps._operations_bytes([large]) == 36
