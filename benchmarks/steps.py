@@ -15,7 +15,7 @@ import mlx.optimizers as stock
 import numpy as np
 
 import mlx_adagrad
-from mlx_adagrad.ops import IN_PLACE_ELEMENTS
+from mlx_adagrad.update.ops import IN_PLACE_ELEMENTS
 from report import has_torch, on_gpu
 from timing import Step
 
@@ -28,8 +28,7 @@ LEARNING_RATE, EPS = 0.01, 1e-8
 # overwritten come on top. Stock Adagrad is seven operations: square, lr g, sqrt and + eps (8 each), v + ., / and - (12
 # each). A compiled step is one: w, g, v in, w, v out. torch single-tensor: addcmul_ 12, sqrt 8, add_ 8, addcdiv_ 16;
 # foreach also multiplies g by lr, 8. Ours in place, from IN_PLACE_ELEMENTS on, is two passes: v + g^2, 12; w - ., 16.
-# On the CPU the second is itself two for a tensor that outweighs all others: its steps, 12, and their sum with w, 12.
-ONE_PASS, TWO_PASSES, IN_PIECES, STOCK_EAGER, TORCH_SINGLE, TORCH_FOREACH = 20, 28, 36, 68, 44, 52
+ONE_PASS, TWO_PASSES, STOCK_EAGER, TORCH_SINGLE, TORCH_FOREACH = 20, 28, 68, 44, 52
 
 
 class Candidate(NamedTuple):
@@ -63,14 +62,10 @@ def candidates(shapes: Sequence[Shape]) -> dict[str, Candidate]:
 
 
 def _operations_bytes(shapes: Sequence[Shape]) -> float:
-    total = sum(map(prod, shapes))
-
     def each(size: int) -> int:
-        if size < IN_PLACE_ELEMENTS:
-            return ONE_PASS
-        return IN_PIECES if 2 * size > total and not on_gpu() else TWO_PASSES
+        return ONE_PASS if size < IN_PLACE_ELEMENTS else TWO_PASSES
 
-    return sum(each(prod(shape)) * prod(shape) for shape in shapes) / total
+    return sum(each(prod(shape)) * prod(shape) for shape in shapes) / sum(map(prod, shapes))
 
 
 def _arrays(shapes: Sequence[Shape], seed: int) -> list[mx.array]:

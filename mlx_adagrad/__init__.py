@@ -1,9 +1,10 @@
 """Adagrad for MLX: right in half precision, fused on Apple GPUs, a drop-in for ``mlx.optimizers.Adagrad``."""
 
-from .accumulators import Dense, RowWise
+from . import old_names as old_names
 from .adagrad import Adagrad
-from .embedding import SparseEmbedding, value_and_grad
-from .rows import RowSparse
+from .sparse.embedding import SparseEmbedding, value_and_grad
+from .sparse.gradient import RowSparse
+from .update.accumulators import Dense, RowWise
 
 __version__ = "0.1.0"
 

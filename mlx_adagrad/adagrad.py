@@ -8,16 +8,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from . import checks, kernels, rates, row_kernels, row_ops
-from .accumulators import Dense
+from . import checks, rates
 from .configurable import Configurable
+from .dispatch import Dispatch, Options
 from .groups import Groups, Predicate
-from .leaves import Leaf, Leaves, collect, dotted, fill, optimizable, slot
-from .modifiers import UNMODIFIED, Modifiers
+from .leaves import Leaf, Leaves, collect
 from .rates import LearningRate
-from .rows import RowSparse
-from .rule import Rule
-from .step import Plan, Step
+from .sparse.gradient import RowSparse
+from .trees import Keys, dotted, fill, optimizable, slot
+from .update import kernels
+from .update.accumulators import Dense
+from .update.modifiers import UNMODIFIED, Modifiers
+from .update.rule import Rule
+from .update.step import Step
 
 
 class Adagrad(Configurable, Optimizer):
@@ -155,7 +158,7 @@ class Adagrad(Configurable, Optimizer):
         self.fused = fused
         self.differentiable = differentiable
         self.lazy = lazy
-        self._in_progress: tuple[tuple[Any, ...], Step, bool] | None = None
+        self._in_progress: tuple[Keys, Dispatch] | None = None
         self._set_rate(rate)
         groups.states(self.state)
 
@@ -257,80 +260,29 @@ class Adagrad(Configurable, Optimizer):
         rates = self._scheduled_rates(modifiers)
         states = self._states_of(leaves, gradients)
         self._initialized = True
-        step = self._advance(rates, modifiers)
-        return leaves.rebuilt(self._update_all(leaves, states, step, fused))
+        dispatch = Dispatch(self._options, self._advance(rates, modifiers), fused)
+        if type(self).apply_single is not Adagrad.apply_single:
+            return leaves.rebuilt(self._update_singly(leaves, states, dispatch))
+        return leaves.rebuilt(dispatch.update_all(leaves, states))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Update one parameter and its ``state``, with the learning rate and the step count as they stand."""
         if self._in_progress is not None:  # a subclass has overridden this and calls it for a leaf of a step
-            keys, step, fused = self._in_progress
-            return self._update((gradient, parameter, state, keys), state, step, fused)
-        before = mx.maximum(self.step, 1) - 1
-        step = Step(self.accumulator, self._group_rate, before, UNMODIFIED)
-        return self._update((gradient, parameter, state, ()), state, step, self._use_kernel())
+            keys, dispatch = self._in_progress
+            return dispatch.update((gradient, parameter, state, keys), state)
+        step = Step(self.accumulator, self._group_rate, mx.maximum(self.step, 1) - 1, UNMODIFIED)
+        return Dispatch(self._options, step, self._use_kernel()).update((gradient, parameter, state, ()), state)
 
-    def _update_all(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
-        step.dealer.parameters = leaves.parameters
-        if type(self).apply_single is not Adagrad.apply_single:
-            return self._update_singly(leaves, states, step, fused)
-        updated: list[Any] = [None] * len(leaves)
-        for alike in leaves.alike():
-            plan = None if fused or len(alike) == 1 else self._plan_of_many(alike[0], leaves, states, step)
-            if plan is None:
-                for i in alike:
-                    updated[i] = self._update(leaves[i], states[i], step, fused)
-                continue
-            ws, gs = [leaves.parameters[i] for i in alike], [leaves.gradients[i] for i in alike]
-            vs = [states[i]["v"] for i in alike]
-            for i, w, v in zip(alike, *plan.functions.update_many(ws, gs, vs, plan.scalars, step.dealer), strict=True):
-                updated[i], states[i]["v"] = w, v
-        return updated
-
-    def _plan_of_many(self, first: int, leaves: Leaves, states: Sequence[dict], step: Step) -> Plan | None:
-        """The plan of tensors like ``first`` that one call can update together; None where that cannot be."""
-        w = leaves.parameters[first]
-        plan = step.shared.get(w.dtype) or self._plan(leaves[first], states[first], step)
-        return plan if w.dtype in step.shared and plan.functions.batches(w) else None
-
-    def _update_singly(self, leaves: Leaves, states: Sequence[dict], step: Step, fused: bool) -> list[mx.array]:
-        # MLX's documented point of extension
+    def _update_singly(self, leaves: Leaves, states: Sequence[dict], dispatch: Dispatch) -> list[mx.array]:
+        # apply_single is MLX's documented point of extension
         updated = []
         try:
             for (g, w, _, keys), state in zip(leaves, states, strict=True):
-                self._in_progress = keys, step, fused
+                self._in_progress = keys, dispatch
                 updated.append(self.apply_single(g, w, state))
         finally:
             self._in_progress = None
         return updated
-
-    def _update(self, leaf: Leaf, state: dict, step: Step, fused: bool) -> mx.array:
-        g, w, _, _ = leaf
-        plan = step.shared.get(w.dtype) or self._plan(leaf, state, step)
-        fused = fused and self._has_kernel(leaf)
-        if isinstance(g, RowSparse) and not self.lazy:
-            g = g.coalesce().to_dense()  # in fp32
-        if isinstance(g, RowSparse):
-            row = step.row(plan.scalars) if fused else None
-            w, state["v"] = row_ops.update(plan, self.accumulator, w, g, state["v"], row, self.differentiable)
-        elif not fused:
-            w, state["v"] = plan.functions.update(w, g, state["v"], plan.scalars, step.dealer)
-        elif self.differentiable:
-            w, state["v"] = kernels.differentiable_launch(plan, w, g, state["v"])
-        else:
-            w, state["v"] = kernels.launch(plan.form, w, g, state["v"], step.row(plan.scalars), plan.v_dtype)
-        if self.rule.step_per_parameter:
-            state["step"] = state["step"] + step.counted
-        return w
-
-    def _plan(self, leaf: Leaf, state: dict, step: Step) -> Plan:
-        _, w, _, keys = leaf
-        path = dotted(keys) if self.groups or step.by_path else ""
-        group, rule = self.groups.resolve(path, w) if self.groups else (None, self.rule)
-        own_step = state["step"] if rule.step_per_parameter and rule.lr_decay else None
-        plan = step.plan(rule, group, w, path if step.by_path else "", own_step)
-        if not (self.groups or step.by_path or rule.step_per_parameter):
-            step.shared[w.dtype] = plan
-        return plan
 
     def _scheduled_rates(self, modifiers: Modifiers) -> list[tuple[dict, str, mx.array]]:
         """Where in the state each schedule writes, and what; a schedule may raise, so nothing is written yet."""
@@ -349,6 +301,10 @@ class Adagrad(Configurable, Optimizer):
         self.state["step"] = self.step + step.counted
         return step
 
+    @property
+    def _options(self) -> Options:
+        return Options(self.accumulator, self.groups, self.differentiable, self.lazy)
+
     def _group_rate(self, group: int | None) -> mx.array:
         return self.learning_rate if group is None else self.groups.states(self.state)[group]["learning_rate"]
 
@@ -356,12 +312,6 @@ class Adagrad(Configurable, Optimizer):
         if self.fused:
             kernels.require()
         return kernels.available() if self.fused is None else self.fused
-
-    def _has_kernel(self, leaf: Leaf) -> bool:
-        g, w, _, _ = leaf
-        if isinstance(g, RowSparse) and self.lazy:
-            return not self.differentiable and row_kernels.supports(self.accumulator, w, g.values)
-        return kernels.supports(self.accumulator, w, g)  # of a RowSparse it asks for no more than the dtype
 
     def _states_of(self, leaves: Leaves, gradients: dict) -> Sequence[dict]:
         if self.rule.step_per_parameter or not leaves.complete:
@@ -378,9 +328,9 @@ class Adagrad(Configurable, Optimizer):
         return state
 
     def _check_fused(self, leaf: Leaf) -> None:
-        if self._has_kernel(leaf):
-            return
         g, w, _, keys = leaf
+        if self._options.has_kernel(g, w):
+            return
         sparse = " row-sparse" if isinstance(g, RowSparse) else ""
         raise RuntimeError(
             f"[Adagrad] 'fused=True' but no kernel takes '{dotted(keys)}': {w.dtype} parameters with "

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import checks, rates
-from .rule import Rule
+from .update.rule import Rule
 
 Predicate: TypeAlias = Callable[[str, mx.array], bool]
 RULE_KEYS = ("lr_decay", "eps", "weight_decay", "maximize")

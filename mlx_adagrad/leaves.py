@@ -9,13 +9,13 @@ from typing import Any, NoReturn, TypeAlias
 
 import mlx.core as mx
 
-from .accumulators import COMPUTE_DTYPE, Dense
-from .rows import RowSparse
+from .sparse.gradient import RowSparse
+from .trees import CONTAINERS, child, children, dotted, is_absent, sequence
+from .update.accumulators import COMPUTE_DTYPE, Dense
 
 # Root keys of an optimizer's state; a parameter of that name at the root of a model would overwrite them.
 RESERVED = ("step", "learning_rate", "_mlx_adagrad")
 
-_CONTAINERS = (dict, list, tuple)
 _USUAL = frozenset(COMPUTE_DTYPE) - {mx.complex64}
 
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
@@ -77,7 +77,7 @@ class Leaves:
                 continue
             if w is None or (not keys and key in RESERVED):
                 _refuse((*keys, key), w)
-            if kind is not array and isinstance(g, _CONTAINERS):
+            if kind is not array and isinstance(g, CONTAINERS):
                 new[key] = self._walk(g, w, state_at(key), (*keys, key))
                 if kind is not dict:
                     self._mark_tuple(new, key, g)
@@ -105,7 +105,7 @@ class Leaves:
         self.complete = shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
         self._kinds = shapes if len(dtypes) == 1 else None
 
-    def alike(self) -> Iterable[list[int]]:
+    def by_shape_and_dtype(self) -> Iterable[list[int]]:
         """The indices of the leaves, those of one dtype and shape in one list; a row-sparse gradient stands alone."""
         kinds = self._kinds
         if kinds is None:
@@ -116,11 +116,6 @@ class Leaves:
                 kind = i
             found.setdefault(kind, []).append(i)
         return found.values()
-
-
-def dotted(keys: tuple[Any, ...]) -> str:
-    """The dotted path of a tuple of keys."""
-    return ".".join(map(str, keys))
 
 
 def collect(
@@ -147,11 +142,6 @@ def collect(
     return leaves
 
 
-def sequence(kind: type, items: Iterable[Any]) -> Any:
-    """A list, tuple or namedtuple of the items."""
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
-
-
 def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
     if parameter is None:
         raise ValueError(f"[Adagrad] there is a gradient for '{dotted(keys)}' but no parameter.")
@@ -159,50 +149,12 @@ def _refuse(keys: tuple[Any, ...], parameter: Any) -> NoReturn:
 
 
 def _getter(tree: Any, like: Any) -> Callable[[Any], Any]:
-    """What :func:`_child` does for the keys of ``like``, with the kinds of both asked once."""
+    """What :func:`child` does for the keys of ``like``, with the kinds of both asked once."""
     if isinstance(tree, dict):
         return tree.get
     if type(tree) is type(like) is list and len(tree) >= len(like):
         return tree.__getitem__
-    return partial(_child, tree)
-
-
-def is_absent(gradient: Any) -> bool:
-    """Whether this place of a gradient tree holds no gradient (and never asks an array for its value)."""
-    return gradient is None or (isinstance(gradient, _CONTAINERS) and not gradient)
-
-
-def children(tree: Any) -> Iterator[tuple[Any, Any]] | Any:
-    """The (key, child) pairs of a dict, a list or a tuple."""
-    if isinstance(tree, dict):
-        return tree.items()
-    if isinstance(tree, list | tuple):
-        return enumerate(tree)
-    raise TypeError(f"[Adagrad] gradients must be a dict, list or tuple of arrays but got {type(tree).__name__}.")
-
-
-def _child(tree: Any, key: Any) -> Any:
-    if isinstance(tree, dict):
-        return tree.get(key)
-    if isinstance(tree, list | tuple):
-        return tree[key] if isinstance(key, int) and key < len(tree) else None
-    return None
-
-
-def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[str, Any]:
-    """The dict for the state of the parameter at ``keys``, made in place where it is missing."""
-    node: Any = state
-    for key in keys:
-        gradients = gradients[key]
-        wanted = list if isinstance(gradients, list | tuple) else dict
-        if isinstance(node, list):
-            node.extend({} for _ in range(key + 1 - len(node)))
-        child = _child(node, key)
-        if not isinstance(child, wanted):
-            child = wanted(child or ())  # a tuple cannot grow, an empty hole has no kind yet
-            node[key] = child
-        node = child
-    return node
+    return partial(child, tree)
 
 
 def rebuild(gradients: Any, parameters: Any, updated: Iterable[mx.array]) -> Any:
@@ -226,7 +178,7 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is complex64 but the parameter {w.dtype}.")
     if isinstance(g, RowSparse) and w.dtype == mx.complex64:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is row-sparse but the parameter complex64.")
-    if state is None or (isinstance(state, _CONTAINERS) and not state):
+    if state is None or (isinstance(state, CONTAINERS) and not state):
         return
     if not isinstance(state, dict):
         raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")
@@ -238,36 +190,8 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
         raise ValueError(f"[Adagrad] the state 'v' of '{path}' has shape {v.shape} but must have {wanted}.")
 
 
-def optimizable(tree: Any) -> Any:
-    """``tree`` with everything that cannot be optimised taken out (None in its place)."""
-    if isinstance(tree, dict):
-        return {k: optimizable(child) for k, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [optimizable(child) for child in tree]
-    return tree if isinstance(tree, mx.array) and tree.dtype in COMPUTE_DTYPE else None
-
-
-def fill(target: dict | list, source: dict | list | tuple) -> None:
-    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them."""
-    new = dict(children(source))
-    if isinstance(target, dict):
-        for key in [key for key in target if key not in new]:
-            del target[key]
-    else:
-        del target[len(new) :]
-        target.extend({} for _ in range(len(new) - len(target)))
-    for key, value in new.items():
-        old = target.get(key) if isinstance(target, dict) else target[key]
-        if isinstance(value, dict) and isinstance(old, dict) or isinstance(value, list) and isinstance(old, list):
-            fill(old, value)
-        else:
-            target[key] = copied(value)
-
-
-def copied(tree: Any) -> Any:
-    """The tree with the same arrays in containers of its own."""
-    if isinstance(tree, dict):
-        return {key: copied(child) for key, child in tree.items()}
-    if isinstance(tree, list | tuple):
-        return sequence(type(tree), map(copied, tree))
-    return tree
+def is_row_sparse(owner: str, keys: tuple[Any, ...], gradient: Any) -> bool:
+    """Whether a gradient is a RowSparse and not an array; raises TypeError where it is neither."""
+    if isinstance(gradient, mx.array | RowSparse):
+        return isinstance(gradient, RowSparse)
+    raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' must be an array but got {type(gradient).__name__}.")

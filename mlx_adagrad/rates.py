@@ -29,7 +29,7 @@ def parse(owner: str, name: str, value: Any) -> mx.array | Schedule:
     if isinstance(value, CheckedSchedule):
         return value
     if is_keras_schedule(value):
-        from . import schedules  # only those who come from Keras pay for its import
+        from . import schedules
 
         value = schedules.from_keras(value)
     if callable(value):

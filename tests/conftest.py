@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from metal_host import HostMetal
-from mlx_adagrad import kernels
+from mlx_adagrad.update import kernels
 
 MLX_METAL_KERNEL, AVAILABLE, REQUIRE = mx.fast.metal_kernel, kernels.available, kernels.require
 

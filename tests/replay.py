@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_adagrad import Adagrad, RowSparse, RowWise, presets, schedules
 from mlx_adagrad.presets import recipe
-from mlx_adagrad.rule import Rule
+from mlx_adagrad.update.rule import Rule
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
     ClipByValue,

@@ -31,10 +31,11 @@ from cases import (
     tensors,
     to_numpy,
 )
-from mlx_adagrad import Adagrad, Dense, RowWise, ops
-from mlx_adagrad.modifiers import Modifiers
-from mlx_adagrad.rule import Rule, Scalars
-from mlx_adagrad.wrappers import SkipNonFinite
+from mlx_adagrad import Adagrad, Dense, RowWise
+from mlx_adagrad.update import ops, streams
+from mlx_adagrad.update.modifiers import Modifiers
+from mlx_adagrad.update.rule import Rule, Scalars
+from mlx_adagrad.update.streams import StreamScheduler
 from reference import adagrad
 
 
@@ -81,7 +82,7 @@ def test_every_shape_keeps_shape_and_dtype(shape, dtype):
         assert_near(got_w, adagrad(to_numpy(w), [to_numpy(g) for g in gradients])[-1][0], dtype)
 
 
-@pytest.mark.parametrize("size", [ops.PARALLEL_ELEMENTS, ops.IN_PLACE_ELEMENTS], ids=["streams", "in place"])
+@pytest.mark.parametrize("size", [streams.PARALLEL_ELEMENTS, ops.IN_PLACE_ELEMENTS], ids=["streams", "in place"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_large_tensors_take_other_ways_to_the_same_numbers(size, dtype):
     rng = np.random.default_rng(0)
@@ -147,40 +148,14 @@ def test_streams_change_no_bit(options, count, cpu, monkeypatch):
 
     want_by_lr, want = steps()
     want = bits(want)
-    dealt = []
-    deal = ops.StreamDealer.deal
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
-    monkeypatch.setattr(ops.StreamDealer, "deal", lambda self, size, s: dealt.append(deal(self, size, s)) or dealt[-1])
+    assigned = []
+    assign = StreamScheduler.assign
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(StreamScheduler, "assign", lambda *args: assigned.append(assign(*args)) or assigned[-1])
     by_lr, got = steps()
     assert bits(got) == want
     assert by_lr.item() == pytest.approx(want_by_lr.item(), rel=1e-5)  # a sum over all tensors, in another order
-    assert any(scalars.tiny is not None for _, scalars in dealt)
-
-
-@options
-@pytest.mark.parametrize("accumulator", [Dense(), RowWise()], ids=str)
-@pytest.mark.parametrize("shape", [(47,), (23, 3), (11, 2, 2)], ids=str)
-def test_pieces_change_no_bit(options, accumulator, shape, cpu, monkeypatch):
-    rng = np.random.default_rng(0)
-    params = {"large": mx.array(rng.normal(size=shape), mx.float32), "small": mx.ones((2,))}
-    params["large"][0] = -0.0
-    gradients = tree_map(lambda w: mx.array(rng.normal(size=w.shape) * (rng.random(w.shape) < 0.5), mx.float32), params)
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
-
-    def steps(smallest):
-        monkeypatch.setattr(ops, "LARGE_PIECE", 2 * smallest)
-        monkeypatch.setattr(ops, "SMALL_PIECE", smallest)
-        optimizer = Adagrad(0.1, **options, accumulator=accumulator, fused=False)
-        new = optimizer.apply_gradients(gradients, params)
-        mx.eval(new, optimizer.state)
-        return [optimizer.apply_gradients(gradients, new), optimizer.state]
-
-    cut, taken = ops.Functions._update_in_pieces, []
-    monkeypatch.setattr(ops.Functions, "_update_in_pieces", lambda *a: taken.append(a[1].shape) or cut(*a))
-    want = bits(steps(0))
-    assert taken == []
-    assert bits(steps(4)) == want
-    assert bool(taken) is ("weight_decay" not in options)
+    assert any(scalars.tiny is not None for _, scalars in assigned)
 
 
 TRANSFORMATIONS = {
@@ -195,10 +170,7 @@ TRANSFORMATIONS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 @pytest.mark.parametrize("tracer", ["parameter", "gradient", "accumulator", "learning rate"])
-def test_transformations_see_tensors_whole(transform, tracer, cpu, monkeypatch):
-    # MLX's vmap of an addition to a slice leaves all but the first out, and shapeless traces have no slices
-    monkeypatch.setattr(ops, "SMALL_PIECE", 4)
-
+def test_transformations_of_an_update_in_place(transform, tracer, cpu, monkeypatch):
     def step(x):
         w = x if tracer == "parameter" else mx.ones((23, 3))
         optimizer = Adagrad(0.1, fused=False)
@@ -212,83 +184,22 @@ def test_transformations_see_tensors_whole(transform, tracer, cpu, monkeypatch):
     x = mx.array(np.random.default_rng(0).normal(size=(23, 3)), mx.float32)
     want = transform(step, x)
     monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
-    monkeypatch.setattr(ops.Functions, "_update_in_pieces", lambda *_: pytest.fail("in pieces"))
     assert mx.allclose(transform(step, x), want, rtol=1e-6, atol=0)
 
 
-def test_looking_for_tracers_evaluates_nothing():
-    lazy = mx.ones((1_000_000,)) * 2
-    before = mx.get_active_memory()
-    assert not ops.is_traced(lazy, None, mx.array(1.0))
-    assert mx.get_active_memory() - before < 1_000_000
-
-
-@pytest.mark.parametrize("bad", [False, True], ids=["good", "nan"])
-@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float64", "float32"), ("bfloat16", "float32")], ids=str)
-def test_skipped_steps_and_other_dtypes_of_tensors_that_might_be_cut(dtypes, bad, cpu, monkeypatch):
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
-    rng = np.random.default_rng(0)
-    w, g = (mx.array(rng.normal(size=(23, 3))).astype(getattr(mx, dtype)) for dtype in dtypes)
-    if bad:
-        g[0, 0] = mx.nan
-
-    monkeypatch.setattr(ops, "LARGE_PIECE", 8)
-
-    def step(smallest, optimizer):
-        monkeypatch.setattr(ops, "SMALL_PIECE", smallest)
-        new = optimizer.apply_gradients({"w": g}, {"w": w})
-        return bits([new, optimizer.state])
-
-    assert step(4, SkipNonFinite(Adagrad(0.1))) == step(0, SkipNonFinite(Adagrad(0.1)))
-    if not bad:  # a NaN has a sign, and not always the same
-        assert step(4, Adagrad(0.1)) == step(0, Adagrad(0.1))
-
-
-class Overriding(Adagrad):
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-        return super().apply_single(gradient, parameter, state)
-
-
-@pytest.mark.parametrize(
-    "shapes, cut",
-    [
-        ({"a": (40, 3), "b": (30, 3)}, [(40, 3)]),
-        ({"a": (40, 3), "b": (40, 3)}, []),  # each keeps a core busy
-        ({"a": (5, 13)}, []),  # rows are too long
-        ({"a": (16, 3)}, []),  # not in place
-    ],
-    ids=["largest", "equal", "long rows", "small"],
-)
-def test_what_is_updated_in_pieces(shapes, cut, cpu, monkeypatch):
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 50)
-    monkeypatch.setattr(ops, "LARGE_PIECE", 24)
-    monkeypatch.setattr(ops, "SMALL_PIECE", 12)
-    update, taken = ops.Functions._update_in_pieces, []
-    monkeypatch.setattr(ops.Functions, "_update_in_pieces", lambda *a: taken.append(a[1].shape) or update(*a))
-    params = {name: mx.ones(shape) for name, shape in shapes.items()}
-    Adagrad(0.1).apply_gradients(params, params)
-    assert taken == cut
-    taken.clear()
-    Overriding(0.1).apply_gradients(params, params)
-    assert taken == cut
-
-
 def test_a_gpu_gets_whole_tensors_on_one_stream(monkeypatch):
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
-    scalars, dealer = Scalars(mx.array(0.1), mx.array(0.0), mx.array(0.0)), ops.StreamDealer()
-    dealer.on_cpu = False
-    assert not dealer.cuts(mx.ones((8, 2)))
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
+    scalars, scheduler = Scalars(mx.array(0.1), mx.array(0.0), mx.array(0.0)), StreamScheduler()
+    scheduler.active = False
     for _ in range(3):
-        stream, own = dealer.deal(16, scalars)
-        assert own is scalars and isinstance(stream, nullcontext)
+        stream, same = scheduler.assign(16, scalars)
+        assert same is scalars and isinstance(stream, nullcontext)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["one pass", "in place"])
 def test_a_step_on_several_streams_can_be_exported(in_place, cpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 20 if in_place else 1000)
-    monkeypatch.setattr(ops, "SMALL_PIECE", 4)
     arrays = [mx.ones((23, 2)), mx.ones((3, 2)), mx.ones((4,))]
 
     def step(*parameters):
@@ -301,7 +212,7 @@ def test_a_step_on_several_streams_can_be_exported(in_place, cpu, monkeypatch, t
 
 
 def test_streams_leave_the_kernels_of_a_compiled_step_whole(cpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     params = {str(i): mx.ones((4, 3)) for i in range(40)}
     optimizer = Adagrad(0.1, fused=False)
     optimizer.init(params)
@@ -892,7 +803,7 @@ def test_large_tensors_are_updated_in_place(cpu, options, copies):
 
 
 def test_threads_have_streams_of_their_own(cpu):
-    w, g = mx.ones((ops.PARALLEL_ELEMENTS,)), mx.ones((ops.PARALLEL_ELEMENTS,))
+    w, g = mx.ones((streams.PARALLEL_ELEMENTS,)), mx.ones((streams.PARALLEL_ELEMENTS,))
     mx.eval(w, g)
     optimizer, failures = Adagrad(0.1), []
 

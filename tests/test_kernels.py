@@ -10,8 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from cases import GPU_DTYPES, assert_near, dtype_pairs, options, run, tensors, to_numpy
-from mlx_adagrad import Adagrad, Dense, kernels
-from mlx_adagrad.modifiers import Modifiers
+from mlx_adagrad import Adagrad, Dense
+from mlx_adagrad.update import kernels
+from mlx_adagrad.update.modifiers import Modifiers
 from reference import adagrad
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -156,8 +157,8 @@ def test_differentiable_kernel_has_the_derivatives_of_the_rule():
 def _derivatives_on_the_host(loss, at, first, second):
     # the host cannot run a kernel on a tracer, so operations stand in for the launch: what is under test is the vjp
     def launch(form, w, g, v, row, v_dtype=mx.float32):
-        from mlx_adagrad import ops
-        from mlx_adagrad.rule import Scalars
+        from mlx_adagrad.update import ops
+        from mlx_adagrad.update.rule import Scalars
 
         return ops.functions(form, Dense(), v_dtype).update(w, g, v, Scalars(*(row[i] for i in range(7))))
 

@@ -15,10 +15,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 import recorded
 import row_cases
 from cases import GPU_DTYPES, assert_near, bits, options, to_numpy
-from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, ops, row_ops
-from mlx_adagrad import rows as gradient_rows
-from mlx_adagrad.modifiers import Modifiers
-from mlx_adagrad.rule import Rule
+from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise
+from mlx_adagrad.sparse import gradient as gradient_rows
+from mlx_adagrad.sparse import ops as row_ops
+from mlx_adagrad.update import streams
+from mlx_adagrad.update.modifiers import Modifiers
+from mlx_adagrad.update.rule import Rule
 
 accumulators = pytest.mark.parametrize("accumulator", [Dense(), RowWise()], ids=lambda a: type(a).__name__)
 
@@ -530,7 +532,7 @@ def test_many_rows_are_replaced_as_few_are_added_to(options, accumulator, dtype,
     table, gradients = row_cases.draw(30, dtype=dtype)
     want = run(Adagrad(0.1, **options, accumulator=accumulator), table, gradients)
     replaced = []
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     monkeypatch.setattr(row_ops, "put_rows", lambda *a, put=row_ops.put_rows: replaced.append(1) or put(*a))
     got = run(Adagrad(0.1, **options, accumulator=accumulator), table, gradients)
     assert len(replaced) == 2 * len(gradients)
@@ -569,7 +571,7 @@ def test_not_lazy_sums_half_precision_in_fp32():
 
 
 def test_nothing_is_replaced_where_no_row_is_named(cpu, monkeypatch):
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     table, _ = row_cases.draw(30)
     g = RowSparse(mx.array([-1, 30, 99]), mx.ones((3, *table.shape[1:])), 30)
     optimizer = Adagrad(0.1, weight_decay=0.1)
@@ -603,7 +605,7 @@ def test_a_table_may_have_more_elements_than_an_axis(cpu):
 def test_rows_are_not_replaced_while_something_traces(cpu, monkeypatch):
     table, gradients = row_cases.draw(30)
     want, want_v = run(Adagrad(0.1), table, gradients)
-    monkeypatch.setattr(ops, "PARALLEL_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     monkeypatch.setattr(row_ops, "put_rows", lambda *_: pytest.fail("replaced inside a trace"))
     optimizer = Adagrad(0.1)
     optimizer.init({"w": table})

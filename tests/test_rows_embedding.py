@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from cases import assert_near, bits, to_numpy
 from mlx_adagrad import Adagrad, RowSparse, SparseEmbedding, value_and_grad
-from mlx_adagrad.look_ups import Table
+from mlx_adagrad.sparse.look_ups import Table
 
 ROWS, DIMS = 12, 4
 

@@ -9,7 +9,7 @@ import pytest
 import row_cases
 from cases import DTYPE_PAIRS, GPU_DTYPES, assert_near, bits, options, run, tensors, to_numpy
 from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise, SparseEmbedding, value_and_grad
-from mlx_adagrad.modifiers import Modifiers
+from mlx_adagrad.update.modifiers import Modifiers
 from reference import adagrad
 
 pytestmark = pytest.mark.usefixtures("kernel_device")

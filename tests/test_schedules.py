@@ -17,7 +17,7 @@ import pytest
 
 import recorded
 from mlx_adagrad import Adagrad, schedules
-from mlx_adagrad.schedule_formulas.named import FACTORIES
+from mlx_adagrad.schedules.named import FACTORIES
 
 REAL = json.loads((recorded.GOLDEN / "schedules.json").read_text())["schedules"]
 

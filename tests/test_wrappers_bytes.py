@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cases import to_numpy
-from mlx_adagrad import Adagrad, ops
+from mlx_adagrad import Adagrad
+from mlx_adagrad.update import ops
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
     ClipByNorm,

@@ -12,7 +12,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from cases import to_numpy
-from mlx_adagrad import Adagrad, ops
+from mlx_adagrad import Adagrad
+from mlx_adagrad.update import ops
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
     ClipByNorm,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from ..accumulators import Dense
-from ..rule import Rule
+from ..update.accumulators import Dense
+from ..update.rule import Rule
 from ..wrappers import SkipNonFinite
 from . import trees
 from .foreign import Names, V, match

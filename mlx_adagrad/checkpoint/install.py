@@ -10,10 +10,10 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from ..adagrad import Adagrad
-from ..leaves import RESERVED, dotted
-from ..rule import Rule
+from ..leaves import RESERVED
+from ..trees import dotted, name
+from ..update.rule import Rule
 from ..wrappers import ExponentialMovingAverage, GradientAccumulation
-from ..wrappers.trees import name
 from . import trees
 from .foreign import AVERAGE, GRADIENT, Foreign, Matched, Names, V, match
 from .safetensors import Entry, entry_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import checks, rates
 from ..adagrad import Adagrad
 from ..rates import LearningRate
-from ..rule import Rule
+from ..update.rule import Rule
 from .recipe import preset
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .. import checks, rates
 from ..adagrad import Adagrad
 from ..rates import LearningRate
-from ..rule import Rule
+from ..update.rule import Rule
 from ..wrappers import (
     ClipByGlobalNorm,
     ClipByNorm,

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import rates
-from ..accumulators import Dense
 from ..adagrad import Adagrad
 from ..rates import LearningRate
-from ..rule import Rule
+from ..update.accumulators import Dense
+from ..update.rule import Rule
 from .recipe import preset
 
 

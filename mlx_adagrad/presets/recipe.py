@@ -14,8 +14,8 @@ import mlx.core as mx
 from .. import schedules
 from ..adagrad import Adagrad
 from ..groups import RULE_KEYS, Groups
+from ..trees import present
 from ..wrappers.constraint import NAMED
-from ..wrappers.trees import present
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound=Any)

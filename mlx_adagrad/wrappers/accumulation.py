@@ -8,10 +8,11 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
-from ..leaves import dotted
-from ..modifiers import Modifiers, at
+from ..leaves import is_row_sparse
+from ..trees import Keys, dotted, find, mapped, name, present, trainable
+from ..update.accumulators import wide_dtype
+from ..update.modifiers import Modifiers, at
 from .base import Wrapper, read
-from .trees import Keys, find, is_row_sparse, mapped, name, present, trainable, wide_dtype
 
 
 class GradientAccumulation(Wrapper):

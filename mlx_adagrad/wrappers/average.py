@@ -12,9 +12,10 @@ from mlx.optimizers import Optimizer
 
 from .. import checks
 from ..leaves import rebuild
-from ..modifiers import Modifiers
+from ..trees import Keys, find, mapped, name, present, pruned, trainable
+from ..update.accumulators import wide_dtype
+from ..update.modifiers import Modifiers
 from .base import Wrapper
-from .trees import Keys, find, mapped, name, present, pruned, trainable, wide_dtype
 
 
 class ExponentialMovingAverage(Wrapper):

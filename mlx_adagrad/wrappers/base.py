@@ -10,9 +10,9 @@ from mlx.nn import Module
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..configurable import Configurable
-from ..leaves import fill
-from ..modifiers import UNMODIFIED, Modifiers
 from ..rates import LearningRate
+from ..trees import fill
+from ..update.modifiers import UNMODIFIED, Modifiers
 from . import foreign
 from .states import check_own, check_roots, refuse_inside
 

@@ -12,12 +12,12 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
-from ..accumulators import COMPUTE_DTYPE
 from ..groups import Predicate
-from ..leaves import dotted, is_absent, rebuild
-from ..modifiers import Modifiers
+from ..leaves import rebuild
+from ..trees import dotted, find, is_absent, present, trainable
+from ..update.accumulators import COMPUTE_DTYPE
+from ..update.modifiers import Modifiers
 from .base import Wrapper
-from .trees import find, present, trainable
 
 Function: TypeAlias = Callable[[mx.array], mx.array]
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
-from ..leaves import copied, dotted, is_absent, rebuild
-from ..modifiers import Modifiers, Scalar
-from .trees import Keys, find, is_row_sparse, mapped, name, present, pruned
+from ..leaves import is_row_sparse, rebuild
+from ..trees import Keys, copied, dotted, find, is_absent, mapped, name, present, pruned
+from ..update.modifiers import Modifiers, Scalar
 
 
 def init(optimizer: Optimizer, parameters: Any) -> None:

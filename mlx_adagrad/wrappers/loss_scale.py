@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
-from ..modifiers import Modifiers
+from ..update.modifiers import Modifiers
 from . import reductions
 from .base import Wrapper
 

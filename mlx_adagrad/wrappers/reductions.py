@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..leaves import dotted
-from ..modifiers import Modifiers, at
-from ..rows import RowSparse
-from ..rule import SMALLEST_NORMAL
-from .trees import Keys, is_row_sparse, mapped, present
+from ..leaves import is_row_sparse
+from ..sparse.gradient import RowSparse
+from ..trees import Keys, dotted, mapped, present
+from ..update.modifiers import Modifiers, at
+from ..update.rule import SMALLEST_NORMAL
 
 # A sum in one go stops growing in fp32 once it is 2^24 times its terms, which MLX's CPU reduction of a large tensor
 # reaches (2.8 % off at 4096²); sums of blocks, summed again, do not.

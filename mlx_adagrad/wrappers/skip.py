@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from ..modifiers import Modifiers
+from ..update.modifiers import Modifiers
 from . import reductions
 from .base import Wrapper, read
 from .loss_scale import DynamicLossScale

@@ -7,8 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import kernels, row_kernels
-from .accumulators import COMPUTE_DTYPE
+from ..update import kernels
+from ..update.accumulators import COMPUTE_DTYPE
+from . import kernels as row_kernels
 
 REAL_DTYPES = tuple(dtype for dtype in COMPUTE_DTYPE if dtype != mx.complex64)
 

@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from . import ops
+from ..update import streams
+from .gradient import RowSparse, evaluate
 from .look_ups import Table, by_module, owned, rows_of, table_of, watching
-from .rows import RowSparse, evaluate
 
 
 class SparseEmbedding(nn.Embedding):
@@ -189,7 +189,7 @@ def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
     """
     others = [g for path, g in _flat(totals) if path not in tables or tables[path].is_dense(g)]
     recorded = [table.recorded() for table in tables.values()]
-    with ops.beside(sum(gradient.values.size for gradient in recorded)):
+    with streams.second_stream(sum(gradient.values.size for gradient in recorded)):
         runs = [gradient.runs() for gradient in recorded if gradient.values.size]
     evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded

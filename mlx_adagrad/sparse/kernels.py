@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from . import kernels
-from .accumulators import Dense, RowWise
-from .rule import Form, Scalars
+from ..update import kernels
+from ..update.accumulators import Dense, RowWise
+from ..update.rule import Form, Scalars
 
 
 def supports(accumulator: Dense, w: mx.array, values: mx.array) -> bool:

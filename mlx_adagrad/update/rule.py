@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import checks
+from .. import checks
 
 # The smallest normal numbers stand in for a v of 0, which keeps the derivative of sqrt at 0, and 0/0, out of the
 # update: where v is 0, so is the gradient, and any positive root gives the same 0.
@@ -151,13 +151,8 @@ def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
     return root if form.eps_inside_sqrt else root + s.eps
 
 
-def quotient(form: Form, w: Any, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
-    """``lr g / denominator(v)``; only coupled weight decay reads ``w``."""
-    return s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
-
-
 def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
     """``w - lr g / denominator(v)`` for the ``v`` that already holds this gradient."""
     decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
-    new = decayed - quotient(form, w, g, v, s)
+    new = decayed - s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
     return mx.where(s.apply, new, w) if form.gated else new

@@ -12,6 +12,7 @@ from . import ops
 from .accumulators import COMPUTE_DTYPE, Dense
 from .modifiers import Modifiers, at
 from .rule import Form, Rule, Scalars, effective_lr
+from .streams import StreamScheduler
 
 
 @cache
@@ -52,7 +53,7 @@ class Step:
         # what the step adds to step counts: 1, or 0 where it does not happen
         self.counted = 1 if isinstance(modifiers.apply, bool) else modifiers.apply.astype(mx.uint64)
         self.by_path = any(isinstance(m, dict) for m in (modifiers.scale, modifiers.low, modifiers.high))
-        self.dealer = ops.StreamDealer()
+        self.streams = StreamScheduler()
         # plans that hold for every parameter of a dtype, where there is nothing else to tell them apart
         self.shared: dict[mx.Dtype, Plan] = {}
         self._plans: dict[Any, Plan] = {}

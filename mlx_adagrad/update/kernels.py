@@ -126,7 +126,8 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
 @cache
 def source(name: str) -> str:
     """The text of ``metal/<name>.metal``."""
-    with open(os.path.join(os.path.dirname(__file__), "metal", f"{name}.metal"), encoding="utf-8") as file:
+    package = os.path.dirname(os.path.dirname(__file__))
+    with open(os.path.join(package, "metal", f"{name}.metal"), encoding="utf-8") as file:
         return file.read()
 
 

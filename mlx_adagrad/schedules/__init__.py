@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from . import checks
-from .schedule_formulas.keras import (
+from .. import checks
+from .keras import (
     keras_cosine_decay,
     keras_cosine_decay_restarts,
     keras_exponential_decay,
@@ -29,9 +29,9 @@ from .schedule_formulas.keras import (
     keras_piecewise_constant_decay,
     keras_polynomial_decay,
 )
-from .schedule_formulas.mindspore import mindspore_exponential_lr, mindspore_step_lr
-from .schedule_formulas.named import FACTORIES, NamedSchedule, call_with
-from .schedule_formulas.optax import (
+from .mindspore import mindspore_exponential_lr, mindspore_step_lr
+from .named import FACTORIES, NamedSchedule, call_with
+from .optax import (
     optax_cosine_decay_schedule,
     optax_exponential_decay,
     optax_linear_schedule,
@@ -39,7 +39,7 @@ from .schedule_formulas.optax import (
     optax_polynomial_schedule,
     optax_warmup_cosine_decay_schedule,
 )
-from .schedule_formulas.torch import (
+from .torch import (
     torch_cosine_annealing_lr,
     torch_exponential_lr,
     torch_lambda_lr,

@@ -20,6 +20,11 @@ COMPUTE_DTYPE = {
 HALF = (mx.float16, mx.bfloat16)
 
 
+def wide_dtype(w: mx.array) -> mx.Dtype:
+    """What sums and averages beside the parameter ``w`` are kept in: fp32, unless ``w`` is wider."""
+    return w.dtype if w.dtype in (mx.float64, mx.complex64) else mx.float32
+
+
 @dataclass(frozen=True)
 class Dense:
     r"""One number per element: :math:`v \leftarrow v + g^2`.

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import kernels
-from .rows import RowSparse, canonical, named
+from ..update import kernels
+from .gradient import RowSparse, canonical, named
 
 _thread = threading.local()
 _owners: dict[int, int] = {}  # the threads that differentiate tables now, by the id of the module

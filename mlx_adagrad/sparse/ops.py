@@ -7,11 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import ops, row_kernels, rule
-from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
-from .rows import RowSparse, add_rows, assign_rows, evaluate, put_rows
-from .rule import Form, Scalars
-from .step import Plan
+from ..update import ops, rule, streams
+from ..update.accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
+from ..update.rule import Form, Scalars
+from ..update.step import Plan
+from . import kernels as row_kernels
+from .gradient import RowSparse, add_rows, assign_rows, evaluate, put_rows
 
 
 def update(
@@ -57,12 +58,12 @@ def _worth_reading(w: mx.array, g: mx.array) -> bool:
     Measured for 4,096 x 64 of a million rows on two cores: 2.2 ms, and 4.9 by adding to the tables. A few rows are
     changed as fast by adding, and nothing is evaluated then.
     """
-    return mx.default_device() == mx.cpu and (g.size >= ops.PARALLEL_ELEMENTS or w.dtype in HALF)
+    return mx.default_device() == mx.cpu and (g.size >= streams.PARALLEL_ELEMENTS or w.dtype in HALF)
 
 
 def _read(w: mx.array, v: mx.array, gradient: RowSparse) -> tuple[mx.array, mx.array, int] | None:
     """The rows that the gradient names of ``w`` and ``v``, and how many they are; None where something is tracing."""
-    with ops.beside(gradient.values.size):
+    with streams.second_stream(gradient.values.size):
         targets = gradient.targets()
         v_rows = v[targets]
     w_rows, named = w[targets], mx.sum(gradient.indices < gradient.num_rows)
@@ -93,7 +94,7 @@ def _replace(
             evaluate([v_rows])  # else it is still reading w_rows when they could be overwritten
         w_rows = functions.descend(w_rows, g, v_rows, plan.scalars)
     if plan.form.update_accumulator:
-        with ops.beside(g.size):
+        with streams.second_stream(g.size):
             v = put_rows(v, indices[:named], v_rows[:named])
     return put_rows(w, indices[:named], w_rows[:named]), v
 

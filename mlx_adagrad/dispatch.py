@@ -1,0 +1,112 @@
+"""Which code updates each tensor of a call: a kernel or operations, dense or row-sparse, alone or in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .groups import Groups
+from .leaves import Leaf, Leaves
+from .sparse import kernels as row_kernels
+from .sparse import ops as row_ops
+from .sparse.gradient import RowSparse
+from .trees import dotted
+from .update import kernels
+from .update.accumulators import Dense
+from .update.step import Plan, Step
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides which code runs, fixed for the life of an optimizer.
+
+    Args:
+        accumulator: How ``v`` is stored.
+        groups: The rule of each parameter.
+        differentiable: Let gradients flow through kernels too.
+        lazy: A row-sparse gradient changes only the rows that it names.
+    """
+
+    accumulator: Dense
+    groups: Groups
+    differentiable: bool
+    lazy: bool
+
+    def has_kernel(self, gradient: Any, parameter: mx.array) -> bool:
+        """Whether there is a kernel for these arrays."""
+        if isinstance(gradient, RowSparse) and self.lazy:
+            return not self.differentiable and row_kernels.supports(self.accumulator, parameter, gradient.values)
+        return kernels.supports(self.accumulator, parameter, gradient)  # of a RowSparse it asks for the dtype only
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """The updates of one call.
+
+    Args:
+        options: What the optimizer was made with.
+        step: The numbers of this call.
+        fused: Whether kernels run, where there are some.
+    """
+
+    options: Options
+    step: Step
+    fused: bool
+
+    def update_all(self, leaves: Leaves, states: Sequence[dict]) -> list[mx.array]:
+        """Update every leaf and its state; returns the new parameters in the order of the leaves."""
+        updated: list[Any] = [None] * len(leaves)
+        for same in leaves.by_shape_and_dtype():
+            plan = None if self.fused or len(same) == 1 else self._shared_plan(leaves[same[0]], states[same[0]])
+            if plan is None:
+                for i in same:
+                    updated[i] = self.update(leaves[i], states[i])
+                continue
+            ws, gs = [leaves.parameters[i] for i in same], [leaves.gradients[i] for i in same]
+            vs = [states[i]["v"] for i in same]
+            new = plan.functions.update_many(ws, gs, vs, plan.scalars, self.step.streams)
+            for i, w, v in zip(same, *new, strict=True):
+                updated[i], states[i]["v"] = w, v
+        return updated
+
+    def _shared_plan(self, leaf: Leaf, state: dict) -> Plan | None:
+        """The plan of all tensors like this leaf, if one call can update them together; else None."""
+        w = leaf[1]
+        plan = self.step.shared.get(w.dtype) or self._plan(leaf, state)
+        return plan if w.dtype in self.step.shared and plan.functions.batches(w) else None
+
+    def update(self, leaf: Leaf, state: dict) -> mx.array:
+        """Update one parameter and its state; returns the new parameter."""
+        g, w, _, _ = leaf
+        step, options = self.step, self.options
+        plan = step.shared.get(w.dtype) or self._plan(leaf, state)
+        fused = self.fused and options.has_kernel(g, w)
+        if isinstance(g, RowSparse) and not options.lazy:
+            g = g.coalesce().to_dense()  # in fp32
+        if isinstance(g, RowSparse):
+            row = step.row(plan.scalars) if fused else None
+            new = row_ops.update(plan, options.accumulator, w, g, state["v"], row, options.differentiable)
+        elif not fused:
+            new = plan.functions.update(w, g, state["v"], plan.scalars, step.streams)
+        elif options.differentiable:
+            new = kernels.differentiable_launch(plan, w, g, state["v"])
+        else:
+            new = kernels.launch(plan.form, w, g, state["v"], step.row(plan.scalars), plan.v_dtype)
+        w, state["v"] = new
+        if options.groups.default.step_per_parameter:
+            state["step"] = state["step"] + step.counted
+        return w
+
+    def _plan(self, leaf: Leaf, state: dict) -> Plan:
+        _, w, _, keys = leaf
+        step, groups = self.step, self.options.groups
+        path = dotted(keys) if groups or step.by_path else ""
+        group, rule = groups.resolve(path, w) if groups else (None, groups.default)
+        steps_before = state["step"] if rule.step_per_parameter and rule.lr_decay else None
+        plan = step.plan(rule, group, w, path if step.by_path else "", steps_before)
+        if not (groups or step.by_path or rule.step_per_parameter):
+            step.shared[w.dtype] = plan
+        return plan

@@ -1,1 +1,0 @@
-"""The formulas behind :mod:`mlx_adagrad.schedules`, one file a framework."""

@@ -1,0 +1,156 @@
+"""Walking, rebuilding and filling trees of dicts, lists and tuples; the path to a leaf is a tuple of keys.
+
+Only error messages and users' patterns see a path as a string (:func:`dotted`): keys may themselves hold dots, slashes
+or digits, so a string does not lead back to a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+from mlx.nn import Module
+
+from .update.accumulators import COMPUTE_DTYPE
+
+Keys: TypeAlias = tuple[Any, ...]
+CONTAINERS = (dict, list, tuple)
+
+
+def dotted(keys: tuple[Any, ...]) -> str:
+    """The dotted path of a tuple of keys."""
+    return ".".join(map(str, keys))
+
+
+def is_absent(gradient: Any) -> bool:
+    """Whether this place of a gradient tree holds no gradient (and never asks an array for its value)."""
+    return gradient is None or (isinstance(gradient, CONTAINERS) and not gradient)
+
+
+def children(tree: Any) -> Iterator[tuple[Any, Any]] | Any:
+    """The (key, child) pairs of a dict, a list or a tuple."""
+    if isinstance(tree, dict):
+        return tree.items()
+    if isinstance(tree, list | tuple):
+        return enumerate(tree)
+    raise TypeError(f"[Adagrad] gradients must be a dict, list or tuple of arrays but got {type(tree).__name__}.")
+
+
+def child(tree: Any, key: Any) -> Any:
+    """What a tree holds at one key; None where it holds nothing."""
+    if isinstance(tree, dict):
+        return tree.get(key)
+    if isinstance(tree, list | tuple):
+        return tree[key] if isinstance(key, int) and key < len(tree) else None
+    return None
+
+
+def find(tree: Any, keys: Keys) -> Any:
+    """What a tree holds at ``keys``; None where it ends before."""
+    for key in keys:
+        tree = child(tree, key)
+    return tree
+
+
+def present(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The (keys, leaf) pairs of a tree in order; None and empty containers hold nothing."""
+    for key, child in children(tree):
+        if is_absent(child):
+            continue
+        if isinstance(child, dict | list | tuple):
+            yield from present(child, (*keys, key))
+        else:
+            yield (*keys, key), child
+
+
+def mapped(function: Callable[[Keys, Any], Any], tree: Any, keys: Keys = ()) -> Any:
+    """``tree`` with ``function(keys, leaf)`` in place of each leaf; what is absent stays so."""
+    if is_absent(tree):
+        return tree
+    if isinstance(tree, dict):
+        return {key: mapped(function, child, (*keys, key)) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return sequence(type(tree), (mapped(function, child, (*keys, i)) for i, child in enumerate(tree)))
+    return function(keys, tree)
+
+
+def pruned(tree: Any) -> Any:
+    """``tree`` without what is absent: left out of dicts, an empty hole in lists, as stock optimizers want it."""
+    if isinstance(tree, dict):
+        kept = {key: pruned(child) for key, child in tree.items()}
+        return {key: child for key, child in kept.items() if not is_absent(child)}
+    if isinstance(tree, list | tuple):
+        kept = [pruned(child) for child in tree]
+        filled = ({} if is_absent(child) else child for child in kept)
+        return {} if all(map(is_absent, kept)) else sequence(type(tree), filled)
+    return tree
+
+
+def sequence(kind: type, items: Iterable[Any]) -> Any:
+    """A list, tuple or namedtuple of the items."""
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def optimizable(tree: Any) -> Any:
+    """``tree`` with everything that cannot be optimised taken out (None in its place)."""
+    if isinstance(tree, dict):
+        return {k: optimizable(child) for k, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [optimizable(child) for child in tree]
+    return tree if isinstance(tree, mx.array) and tree.dtype in COMPUTE_DTYPE else None
+
+
+def trainable(parameters: Any) -> dict[str, tuple[Keys, mx.array]]:
+    """The parameters that an optimizer may change, by their :func:`name`: of a module those that are not frozen."""
+    tree = parameters.trainable_parameters() if isinstance(parameters, Module) else parameters
+    return {name(keys): (keys, w) for keys, w in present(tree) if isinstance(w, mx.array) and w.dtype in COMPUTE_DTYPE}
+
+
+def name(keys: Keys) -> str:
+    """The key of a parameter in a wrapper's own state: flat, and without the dots and lone digits that
+    ``mlx.utils.tree_unflatten`` would take apart, so that a checkpoint comes back as it was.
+    """
+    return "/".join(("", *map(str, keys)))
+
+
+def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[str, Any]:
+    """The dict for the state of the parameter at ``keys``, made in place where it is missing."""
+    node: Any = state
+    for key in keys:
+        gradients = gradients[key]
+        wanted = list if isinstance(gradients, list | tuple) else dict
+        if isinstance(node, list):
+            node.extend({} for _ in range(key + 1 - len(node)))
+        below = child(node, key)
+        if not isinstance(below, wanted):
+            below = wanted(below or ())  # a tuple cannot grow, an empty hole has no kind yet
+            node[key] = below
+        node = below
+    return node
+
+
+def fill(target: dict | list, source: dict | list | tuple) -> None:
+    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them."""
+    new = dict(children(source))
+    if isinstance(target, dict):
+        for key in [key for key in target if key not in new]:
+            del target[key]
+    else:
+        del target[len(new) :]
+        target.extend({} for _ in range(len(new) - len(target)))
+    for key, value in new.items():
+        old = target.get(key) if isinstance(target, dict) else target[key]
+        if isinstance(value, dict) and isinstance(old, dict) or isinstance(value, list) and isinstance(old, list):
+            fill(old, value)
+        else:
+            target[key] = copied(value)
+
+
+def copied(tree: Any) -> Any:
+    """The tree with the same arrays in containers of its own."""
+    if isinstance(tree, dict):
+        return {key: copied(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return sequence(type(tree), map(copied, tree))
+    return tree
