@@ -50,7 +50,7 @@ def import_mindspore(source: Any, optimizer: Optimizer, names: Names | None = No
     Args:
         source: ``{"accum.<parameter>": array, "step_t": count, ...}``, or a path.
         optimizer: ``presets.mindspore(...)``, ``presets.mindspore_nn(...)`` or the same by hand, initialised.
-        names: Ours for theirs where they differ and the order does too: a mapping from their name, or a list of our
+        names: Ours for theirs where they differ: a mapping from their name, or a list of our
             dotted paths in their order (None: leave it out). In place of a path, ``(path, axes)`` reorders the axes.
 
     Returns:

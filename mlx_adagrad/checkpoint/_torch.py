@@ -13,7 +13,7 @@ from mlx.optimizers import Optimizer
 
 from ..adagrad import Adagrad
 from . import export, sources
-from .foreign import Foreign, Key, Names, V
+from .foreign import Foreign, Key, Names, V, few
 from .install import Live, install
 from .safetensors import Entry
 
@@ -124,6 +124,9 @@ def _read(state: Any) -> Foreign:
             options[label] = {key: group[key] for key in OPTIONS if key in group}
     if not tensors:
         raise ValueError("it has no parameters")
+    nowhere = state["state"].keys() - {index for group in _groups(state) for index in group["params"]}
+    if nowhere:
+        raise ValueError(f"it has a state of {few(nowhere)!r:.80}, which is in none of its groups")
     return Foreign(tensors, steps, rates, options)
 
 

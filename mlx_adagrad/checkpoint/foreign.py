@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,6 +16,8 @@ Names: TypeAlias = "Mapping[Any, str | tuple[str, Sequence[int]]] | Sequence[str
 Key: TypeAlias = Any  # an index or a name
 Matched: TypeAlias = "dict[str, tuple[Key, tuple[int, ...] | None]]"  # our path: their parameter and its axes
 
+# torch.compile, FSDP and checkpoint_wrapper insert these; "module." of DataParallel is an ordinary shared prefix
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LARGEST_RATE = 3.4e38  # of fp32
 V, AVERAGE, GRADIENT = "v", "average", "gradient"  # the kinds of arrays that go with a parameter
 
@@ -54,14 +57,15 @@ class Foreign:
 
 
 def match(theirs: Iterable[Key], ours: Iterable[str], names: Names | None) -> Matched:
-    """Their parameter and the order of its axes, for each path of ours: by name where all are the same, else in order.
+    """Their parameter and the order of its axes, for each path of ours: by name, in order where they have no names.
 
     Raises:
         ValueError: If a path has no counterpart, or ``names`` holds an unknown one or anything twice.
     """
     theirs, ours = list(theirs), list(ours)
     if names is None:
-        names = {path: path for path in ours} if set(theirs) == set(ours) else ours
+        named = any(isinstance(key, str) for key in theirs)
+        names = matching_names(theirs, ours) if named else ours
     if not isinstance(names, Mapping):
         if len(names) != len(theirs):
             raise ValueError(f"it has {len(theirs)} parameters ({few(theirs)}) for {len(names)} here ({few(names)})")
@@ -79,6 +83,49 @@ def match(theirs: Iterable[Key], ours: Iterable[str], names: Names | None) -> Ma
     if lacking:
         raise ValueError(f"'names' lacks {few(lacking)}")
     return matched
+
+
+def matching_names(theirs: list[Key], ours: list[str]) -> dict[Key, str]:
+    """Our path for each of their names: the same one, but for a prefix that all on one side share.
+
+    Raises:
+        ValueError: If any name on either side has no counterpart: the order may not stand in for a name.
+    """
+    plain = [_without_wrappers(key) for key in theirs]
+    shortened = [(plain[:], ours), *((_from(plain, n), ours) for n in range(1, _shared(plain) + 1))]
+    shortened += [(plain, _from(ours, n)) for n in range(1, _shared(ours) + 1)]
+    there, here = max([(theirs, ours), *shortened], key=lambda pair: len({*pair[0]} & {*pair[1]}))
+    if set(there) == set(here) and len(set(there)) == len(there):
+        path_of = dict(zip(here, ours, strict=True))
+        return {key: path_of[name] for key, name in zip(theirs, there, strict=True)}
+    extra = [key for key, name in zip(theirs, there, strict=True) if name not in here or there.count(name) > 1]
+    lacking = [path for path, name in zip(ours, here, strict=True) if name not in there]
+    raise ValueError(
+        f"its names of parameters are not those here: only in the file: {few(extra) or 'none'}; "
+        f"only here: {few(lacking) or 'none'}. Say which is which with 'names': {{theirs: ours, ...}} may leave out "
+        "some of theirs, a list has ours in their order"
+    )
+
+
+def _without_wrappers(key: Key) -> Key:
+    """A name without the parts that torch's wrappers of modules (compile, FSDP, activation checkpoints) put into it."""
+    if not isinstance(key, str):
+        return key
+    parts = key.split(".")
+    return ".".join([part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:])
+
+
+def _shared(names: list[Key]) -> int:
+    """How many leading parts all names have in common."""
+    if not names or not all(isinstance(name, str) for name in names):
+        return 0
+    parents = [name.split(".")[:-1] for name in names]
+    columns = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parents, strict=False))
+    return sum(1 for _ in columns)
+
+
+def _from(names: list[Key], count: int) -> list[Key]:
+    return [".".join(name.split(".")[count:]) for name in names]
 
 
 def few(names: Iterable[Any]) -> str:
