@@ -86,6 +86,11 @@ def candidates(problem: Problem) -> dict[str, Candidate]:
     }
 
 
+def sparse_loop(make: Callable[[], stock.Optimizer], problem: Problem) -> Step:
+    """The plain loop with a row-sparse gradient."""
+    return _loop(mlx_adagrad.SparseEmbedding, mlx_adagrad.value_and_grad, make, problem)
+
+
 def choose(
     problem: Problem, found: Mapping[str, Candidate], last: Mapping[str, Any], memory: float
 ) -> tuple[dict[str, Candidate], dict[str, str]]:

@@ -68,6 +68,11 @@ def _operations_bytes(shapes: Sequence[Shape]) -> float:
     return sum(each(prod(shape)) * prod(shape) for shape in shapes) / sum(map(prod, shapes))
 
 
+def eager_steps(make: Callable[[], stock.Optimizer], shapes: Sequence[Shape]) -> Step:
+    """The eager step of an optimizer over parameters of these shapes."""
+    return _eager(make, _arrays(shapes, seed=0), _arrays(shapes, seed=1))
+
+
 def _arrays(shapes: Sequence[Shape], seed: int) -> list[mx.array]:
     mx.random.seed(seed)
     arrays = [mx.random.normal(shape) for shape in shapes]

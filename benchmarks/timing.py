@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import dataclass, field
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -42,14 +42,20 @@ class Comparison:
     Args:
         seconds: Time of each round in s.
         extra_bytes: Peak of MLX's memory during a step above what was held before it, in bytes.
+        cpu_seconds: Processor time of each round in s, that of all threads together.
     """
 
     seconds: dict[str, list[float]]
     extra_bytes: dict[str, int]
+    cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def time(self, name: str) -> Quartiles:
         """Quartiles of the time of one step in s."""
         return _quartiles(np.array(self.seconds[name]))
+
+    def cpu_time(self, name: str) -> Quartiles:
+        """Quartiles of the processor time of one step in s."""
+        return _quartiles(np.array(self.cpu_seconds[name]))
 
     def speedup(self, name: str, baseline: str) -> Quartiles:
         """Quartiles of how many times faster than ``baseline`` each round was."""
@@ -68,7 +74,10 @@ def compare(
         warmup: Steps of each candidate before its first turn. The first one makes the state and compiles (about 0.9 s
             for each new kernel on a CPU), the next ones teach malloc which sizes to keep.
     """
-    measured = Comparison({name: [] for name in candidates}, dict.fromkeys(candidates, 0))
+    def no_rounds() -> dict[str, list[float]]:
+        return {name: [] for name in candidates}
+
+    measured = Comparison(no_rounds(), dict.fromkeys(candidates, 0), no_rounds())
     names, shuffle = list(candidates), random.Random(0).shuffle
     for _ in range(TRIALS):
         shuffle(names)
@@ -77,14 +86,14 @@ def compare(
             for _ in range(warmup):
                 step()
             measured.extra_bytes[name] = max(measured.extra_bytes[name], peak_extra_bytes(step))
-        _trial(steps, measured.seconds, -(-rounds // TRIALS), seconds / TRIALS, shuffle)
+        _trial(steps, measured, -(-rounds // TRIALS), seconds / TRIALS, shuffle)
         del steps, step
         mx.clear_cache()
     return measured
 
 
 def _trial(
-    steps: dict[str, Step], times: dict[str, list[float]], rounds: int, seconds: float, shuffle: Callable[[list], None]
+    steps: dict[str, Step], measured: Comparison, rounds: int, seconds: float, shuffle: Callable[[list], None]
 ) -> None:
     order, stop = list(steps), perf_counter() + seconds
     gc.collect()
@@ -93,20 +102,23 @@ def _trial(
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                times[name].append(_turn(steps[name]))
+                wall, cpu = _turn(steps[name])
+                measured.seconds[name].append(wall)
+                measured.cpu_seconds[name].append(cpu)
             if perf_counter() > stop:
                 break
     finally:
         gc.enable()
 
 
-def _turn(step: Step) -> float:
+def _turn(step: Step) -> tuple[float, float]:
     begin = start = perf_counter()
     while start - begin < LEAD_IN_SECONDS:
         step()
         start = perf_counter()
+    cpu, start = process_time(), perf_counter()
     step()
-    return perf_counter() - start
+    return perf_counter() - start, process_time() - cpu
 
 
 def peak_extra_bytes(step: Step) -> int:

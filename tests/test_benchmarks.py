@@ -268,3 +268,17 @@ def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
         png = (tmp_path / "out" / name).read_bytes()
         assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dense.json", "dense.png", "rows.json", "rows.png"]
+
+
+def test_a_mechanism_is_off_only_in_the_steps_without_it(benchmark):
+    mechanisms, streams = benchmark("mechanisms"), importlib.import_module("mlx_adagrad.update.streams")
+    limit, seen = streams.PARALLEL_ELEMENTS, []
+
+    def setup():
+        return lambda: seen.append(streams.PARALLEL_ELEMENTS)
+
+    chosen = benchmark("report").options("", ["--quick"])
+    comparison = mechanisms.measure(setup, {"streams": mechanisms.DENSE["streams"]}, chosen)
+    assert set(seen) == {limit, 2**62} and streams.PARALLEL_ELEMENTS == limit
+    assert [row[0] for row in mechanisms.report("case", comparison)] == ["case, as it is", "case, without streams"]
+    assert len(comparison.cpu_seconds["as it is"]) == len(comparison.seconds["as it is"])
