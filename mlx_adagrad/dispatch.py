@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from . import checks
 from .groups import Groups
 from .leaves import Leaf, Leaves
 from .sparse import kernels as row_kernels
@@ -26,14 +27,52 @@ class Options:
     Args:
         accumulator: How ``v`` is stored.
         groups: The rule of each parameter.
+        fused: Whether kernels run: where they can (None), never, or else an error.
         differentiable: Let gradients flow through kernels too.
         lazy: A row-sparse gradient changes only the rows that it names.
     """
 
     accumulator: Dense
     groups: Groups
+    fused: bool | None
     differentiable: bool
     lazy: bool
+
+    @classmethod
+    def checked(cls, accumulator: Any, groups: Groups, fused: Any, differentiable: Any, lazy: Any) -> Options:
+        """The options as a user gives them.
+
+        Raises:
+            TypeError: For what is no accumulator or no bool.
+        """
+        if accumulator is not None and not isinstance(accumulator, Dense):
+            raise TypeError(f"[Adagrad] 'accumulator' must be Dense() or RowWise() but got {accumulator!r}.")
+        if fused is not None:
+            checks.boolean("Adagrad", "fused", fused)
+        checks.boolean("Adagrad", "differentiable", differentiable)
+        checks.boolean("Adagrad", "lazy", lazy)
+        return cls(accumulator or Dense(), groups, fused, differentiable, lazy)
+
+    def use_kernels(self) -> bool:
+        """Whether kernels run on the default device, asked at each call; raises RuntimeError where they have to."""
+        if self.fused:
+            kernels.require()
+        return kernels.available() if self.fused is None else self.fused
+
+    @property
+    def leaf_check(self) -> Callable[[Leaf], None] | None:
+        """What refuses a leaf that no kernel takes, where kernels have to run."""
+        return self._require_kernel if self.fused else None
+
+    def _require_kernel(self, leaf: Leaf) -> None:
+        g, w, _, keys = leaf
+        if self.has_kernel(g, w):
+            return
+        sparse = " row-sparse" if isinstance(g, RowSparse) else ""
+        raise RuntimeError(
+            f"[Adagrad] 'fused=True' but no kernel takes '{dotted(keys)}': {w.dtype} parameters with "
+            f"{g.dtype}{sparse} gradients in {self.accumulator}. Use fused=None to fall back by itself."
+        )
 
     def has_kernel(self, gradient: Any, parameter: mx.array) -> bool:
         """Whether there is a kernel for these arrays."""

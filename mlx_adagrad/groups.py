@@ -11,6 +11,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import checks, rates
+from .leaves import Leaf
+from .trees import dotted
 from .update.rule import Rule
 
 Predicate: TypeAlias = Callable[[str, mx.array], bool]
@@ -86,7 +88,9 @@ class Groups:
         return group
 
     def set_lr(self, index: int, lr: mx.array | rates.Schedule) -> None:
-        """Give group ``index`` a learning rate of its own."""
+        """Give group ``index`` a learning rate of its own; raises ValueError if there is no such group."""
+        if not -len(self.groups) <= index < len(self.groups):
+            raise ValueError(f"[Adagrad] there is no group {index}: there are {len(self.groups)}.")
         self.groups[index] = self.groups[index]._replace(lr=lr)
         self._resolved.clear()
 
@@ -131,6 +135,11 @@ class Groups:
             own_lr = index is not None and self.groups[index].lr is not None
             self._resolved[path] = (index if own_lr else None, rule)
         return self._resolved[path]
+
+    def resolve_all(self, leaves: Iterable[Leaf]) -> None:
+        """Decide about every leaf before a step changes anything: this calls the user's predicates, which may raise."""
+        for _, w, _, keys in leaves if self else ():
+            self.resolve(dotted(keys), w)
 
     def states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The groups' own entries in an optimizer's state: a learning rate for each group that has one.

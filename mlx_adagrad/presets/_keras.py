@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from .. import checks, rates
 from ..adagrad import Adagrad
+from ..groups import Groups
 from ..rates import LearningRate
 from ..update.rule import Rule
 from ..wrappers import (
@@ -93,8 +94,7 @@ def keras(
     rate = rates.parse("keras", "learning_rate", learning_rate)
     optimizer: Adagrad | Wrapper = Adagrad.from_rule(
         rate,
-        rule,
-        weight_decay_mask=_decays(exclude_from_weight_decay),
+        Groups(rule, decays=_decays(exclude_from_weight_decay)),
         lazy=rule.weight_decay == 0,  # Keras decays every row of a table, whichever rows the gradient names
     )
     optimizer = _clipped(optimizer, "keras", clipnorm, clipvalue, global_clipnorm)

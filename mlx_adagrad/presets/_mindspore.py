@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import checks, rates
 from ..adagrad import Adagrad
+from ..groups import Groups
 from ..rates import LearningRate
 from ..update.rule import Rule
 from ..wrappers import LossScale
@@ -54,7 +55,7 @@ def mindspore(
         owner="mindspore",
     )
     rate = rates.parse("mindspore", "lr", lr)
-    return Adagrad.from_rule(rate, rule, groups=groups, ignored_group_keys=("initial_accumulator_value",))
+    return Adagrad.from_rule(rate, Groups(rule, groups, ignored_keys=("initial_accumulator_value",)))
 
 
 @preset
@@ -91,7 +92,7 @@ def mindspore_nn(
         owner="mindspore_nn",
     )
     rate = rates.parse("mindspore_nn", "learning_rate", learning_rate)
-    adagrad = Adagrad.from_rule(rate, rule, weight_decay_mask=_is_decayed)
+    adagrad = Adagrad.from_rule(rate, Groups(rule, decays=_is_decayed))
     adagrad.groups.mask_spares_groups = True
     return adagrad if scale == 1 else LossScale(adagrad, scale)
 

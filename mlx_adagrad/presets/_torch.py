@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import rates
 from ..adagrad import Adagrad
+from ..groups import Groups
 from ..rates import LearningRate
 from ..update.accumulators import Dense
 from ..update.rule import Rule
@@ -48,18 +49,15 @@ def torch(
     """
     if state_dtype not in ("parameter", "float32"):
         raise ValueError(f"[torch] 'state_dtype' must be 'parameter' or 'float32' but got {state_dtype!r}.")
-    return Adagrad.from_rule(
-        rates.parse("torch", "lr", lr),
-        Rule(
-            eps=eps,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            maximize=maximize,
-            step_per_parameter=True,
-            owner="torch",
-        ),
-        accumulator=Dense(state_dtype),
-        groups=groups,
-        ignored_group_keys=("initial_accumulator_value",),
+    rate = rates.parse("torch", "lr", lr)
+    rule = Rule(
+        eps=eps,
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        maximize=maximize,
+        step_per_parameter=True,
+        owner="torch",
     )
+    parsed = Groups(rule, groups, ignored_keys=("initial_accumulator_value",))
+    return Adagrad.from_rule(rate, parsed, accumulator=Dense(state_dtype))

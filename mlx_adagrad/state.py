@@ -1,0 +1,103 @@
+"""The state of an optimizer: what it holds, how a parameter's part of it is made, and what each step writes to it.
+
+::
+
+    {
+        "step": uint64, "learning_rate": float32,                 # as in mlx.optimizers; the rate of the last step
+        "_mlx_adagrad": {"groups": [{"learning_rate": float32}, {}]},  # the rates of groups that have one
+        "layers": [{"weight": {"v": array, "step": uint64}}],     # "step" only where the rule counts per parameter
+    }
+
+The dict itself stays the same object for the life of the optimizer, and everything that changes from step to step is an
+array in it, so that a compiled step can capture it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .groups import Groups
+from .leaves import Leaf, Leaves
+from .rates import Schedule
+from .trees import slot
+from .update.accumulators import Dense
+from .update.modifiers import Modifiers
+from .update.step import Step
+
+# Where a learning rate stands: a dict of the state, the key in it, and the rate to write there.
+Entry = tuple[dict[str, Any], str, mx.array]
+
+
+@dataclass(frozen=True)
+class State:
+    """Reads and writes the state of an optimizer; made anew for each call, it holds nothing of its own.
+
+    Args:
+        tree: The state.
+        schedules: Schedules of the optimizer's own hyperparameters, by their key in the state.
+        groups: The parameter groups, which may have schedules too.
+        init_single: Fills the empty state of one parameter.
+    """
+
+    tree: dict[str, Any]
+    schedules: dict[str, Callable[[mx.array], Any]]
+    groups: Groups
+    init_single: Callable[[mx.array, dict[str, Any]], None]
+
+    @property
+    def step(self) -> mx.array:
+        """The number of updates made, 0-d uint64."""
+        return self.tree["step"]
+
+    def rate(self, group: int | None) -> mx.array:
+        """The learning rate of a group, or of the parameters in no group (None)."""
+        return (self.tree if group is None else self.groups.states(self.tree)[group])["learning_rate"]
+
+    def set_rate(self, rate: mx.array | Schedule) -> None:
+        """Make ``rate`` the learning rate of the parameters in no group, in place of any schedule."""
+        self.schedules.pop("learning_rate", None)
+        if callable(rate):
+            self.schedules["learning_rate"] = rate
+        self.tree["learning_rate"] = rate(self.step) if callable(rate) else rate
+
+    def set_group_rate(self, group: int) -> None:
+        """Write the learning rate that a group has got, as its schedule has it at this step."""
+        rate: Any = self.groups.groups[group].lr
+        self.groups.states(self.tree)[group]["learning_rate"] = rate(self.step) if callable(rate) else rate
+
+    def scheduled_rates(self, modifiers: Modifiers) -> list[Entry]:
+        """Where each schedule writes, and what; a schedule may raise, so nothing is written yet."""
+        calls = self.step if modifiers.calls is None else modifiers.calls
+        rates: list[Entry] = [(self.tree, name, schedule(calls)) for name, schedule in self.schedules.items()]
+        for group, entry in zip(self.groups.groups, self.groups.states(self.tree), strict=True):
+            if callable(group.lr):
+                rates.append((entry, "learning_rate", group.lr(calls)))
+        return rates
+
+    def advance(self, rates: list[Entry], accumulator: Dense, modifiers: Modifiers) -> Step:
+        """Write the rates and count the step, both only where the step happens."""
+        for entry, name, rate in rates:
+            entry[name] = rate if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, rate, entry[name])
+        step = Step(accumulator, self.rate, self.step, modifiers)
+        self.tree["step"] = self.step + step.counted
+        return step
+
+    def of_leaves(self, leaves: Leaves, gradients: Any) -> Sequence[dict[str, Any]]:
+        """The state of each leaf, made where it is missing."""
+        if self.groups.default.step_per_parameter or not leaves.complete:
+            return [self.of_leaf(leaf, gradients) for leaf in leaves]
+        return leaves.states
+
+    def of_leaf(self, leaf: Leaf, gradients: Any) -> dict[str, Any]:
+        """The state of one parameter, made where it is missing."""
+        _, w, state, keys = leaf
+        state = state or slot(self.tree, gradients, keys)
+        if "v" not in state:
+            self.init_single(w, state)
+        if self.groups.default.step_per_parameter and "step" not in state:
+            state["step"] = self.step  # state from elsewhere counted the steps of all
+        return state
