@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_every_integer_dtype(dtype):
         ((mx.array([1]), mx.ones((1, 2)), 2**31), ValueError, "'num_rows' must be between 0 and 2^31 - 1"),
         ((mx.array([1]), mx.ones((1, 2)), 0), ValueError, "a table of 0 rows has no row for 1 indices"),
         ((mx.array([[1]]), mx.ones((1, 2)), 3), ValueError, "have shapes (K,) and (K, ...) but got (1, 1) and (1, 2)"),
-        ((mx.array([1]), mx.ones((1,)), 3), ValueError, "but got (1,) and (1,)"),
+        ((mx.array([1]), mx.array(1.0), 3), ValueError, "but got (1,) and ()"),
         ((mx.array([1]), mx.ones((2, 2)), 3), ValueError, "but got (1,) and (2, 2)"),
     ],
 )
@@ -149,6 +150,24 @@ def test_bad_arithmetic_is_refused():
         _ = g + 1.0  # type: ignore[operator]
 
 
+def test_stock_functions_refuse_it_in_our_words(monkeypatch):
+    average: Any = nn.average_gradients
+    wide, narrow = RowSparse(mx.array([1]), mx.ones((1, 2)), 3), mx.ones((2,), mx.float16)
+
+    class Group:
+        def size(self):
+            return 2
+
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, **_: mx.array(x))  # that of a group needs two processes
+    for gradients in ({"table": wide}, {"table": wide, "bias": narrow}, {"bias": mx.ones((2,)), "table": wide}):
+        for size in (32 * 1024**2, 0):
+            with pytest.raises(TypeError, match=r"^\[RowSparse\] .* mlx_adagrad\.distributed\.average_gradients"):
+                average(gradients, Group(), size)
+    for function in (mx.distributed.all_sum, lambda g: mx.ones((3, 2)) + g, lambda g: g + mx.ones((3, 2)), mx.square):
+        with pytest.raises(TypeError, match=r"^\[RowSparse\] it is no array\. .* to_dense"):
+            function(wide)
+
+
 # --- the update -------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +186,20 @@ def test_equals_float64(options, accumulator, dtype):
 
 
 @options
+@accumulators
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_parameters_with_one_axis_equal_float64(options, accumulator, dtype):
+    table, gradients = row_cases.draw(30, (), dtype=dtype)
+    got_w, got_v = run(Adagrad(0.1, **options, accumulator=accumulator), table, gradients)
+    want_w, want_v = row_cases.adagrad(table, gradients, **options)
+    assert got_w.shape == got_v.shape == (30,) and got_w.dtype == dtype
+    assert_near(got_w, want_w, dtype)
+    assert_near(got_v, want_v, dtype if options.get("weight_decay") else mx.float32)
+    with pytest.raises(ValueError, match="cannot add gradients"):
+        _ = sparse(gradients[0], 30) + RowSparse(mx.array([1]), mx.ones((1, 1)), 30)
+
+
+@options
 def test_float64_tables_are_computed_in_float64(options, cpu):
     table, gradients = row_cases.draw(30, dtype=mx.float64)
     optimizer = Adagrad(0.1, **options)
@@ -178,7 +211,7 @@ def test_float64_tables_are_computed_in_float64(options, cpu):
     assert_near(got_v, want_v, mx.float64)
 
 
-@pytest.mark.parametrize("columns", [(1,), (3,), (8,), (2, 3)], ids=str)
+@pytest.mark.parametrize("columns", [(), (1,), (3,), (8,), (2, 3)], ids=str)
 @pytest.mark.parametrize("rows, k", [(1, 1), (1, 9), (5, 40), (300, 7)])
 @accumulators
 def test_every_shape(rows, k, columns, accumulator):

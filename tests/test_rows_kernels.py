@@ -53,7 +53,7 @@ def test_every_pair_of_dtypes(pair):
     assert_near(got, row_cases.adagrad(table, gradients)[0], pair[0])
 
 
-@pytest.mark.parametrize("columns", [(1,), (2,), (31,), (32,), (33,), (300,), (2, 3)], ids=str)
+@pytest.mark.parametrize("columns", [(), (1,), (2,), (31,), (32,), (33,), (300,), (2, 3)], ids=str)
 @pytest.mark.parametrize("rows, k", [(1, 1), (1, 9), (5, 40), (300, 7)])
 @accumulators
 def test_every_shape(rows, k, columns, accumulator):

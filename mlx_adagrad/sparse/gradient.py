@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -11,6 +11,11 @@ from ..update import kernels
 from ..update.accumulators import COMPUTE_DTYPE
 from . import kernels as row_kernels
 
+INSTEAD = (
+    "Average it between processes by mlx_adagrad.distributed.average_gradients (not nn.average_gradients), "
+    "accumulate it by mlx_adagrad.wrappers.GradientAccumulation, scale it by gradient * factor, "
+    "or take its to_dense()."
+)
 REAL_DTYPES = tuple(dtype for dtype in COMPUTE_DTYPE if dtype != mx.complex64)
 
 
@@ -22,7 +27,7 @@ class RowSparse:
 
     Args:
         indices: K row numbers, any integer dtype, in any order, duplicates allowed.
-        values: K rows, of shape (K, ...): at least two axes, any real dtype.
+        values: K rows, of shape (K, ...), any real dtype; (K,) for a parameter with one axis.
         num_rows: Rows of the table, 0 to 2^31 - 1.
 
     Raises:
@@ -120,6 +125,14 @@ class RowSparse:
         indices = mx.concatenate([canonical(g.indices, g.num_rows) for g in (self, other)])
         return RowSparse(indices, mx.concatenate([self.values, other.values]), self.num_rows)
 
+    def reshape(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse, since a gradient in rows has no other shape: ``nn.average_gradients`` asks for one."""
+        raise TypeError(f"[RowSparse] it cannot be reshaped. {INSTEAD}")
+
+    def __mlx_array__(self) -> NoReturn:
+        # MLX asks for this where one of its functions wants an array: mx.distributed.all_sum, array + gradient, ...
+        raise TypeError(f"[RowSparse] it is no array. {INSTEAD}")
+
     def _scaled(self, values: mx.array) -> RowSparse:
         if self._coalesced:
             return _coalesced(self.indices, values, self.num_rows)
@@ -141,7 +154,7 @@ def _check(indices: Any, values: Any, num_rows: Any) -> None:
         raise TypeError(f"[RowSparse] 'indices' must be integers but got {indices.dtype}.")
     if values.dtype not in REAL_DTYPES:
         raise TypeError(f"[RowSparse] 'values' must be floating but got {values.dtype}.")
-    if indices.ndim != 1 or values.ndim < 2 or values.shape[0] != indices.shape[0]:
+    if indices.ndim != 1 or values.ndim < 1 or values.shape[0] != indices.shape[0]:
         shapes = f"{indices.shape} and {values.shape}"
         raise ValueError(f"[RowSparse] 'indices' and 'values' must have shapes (K,) and (K, ...) but got {shapes}.")
     if num_rows == 0 and indices.size:
