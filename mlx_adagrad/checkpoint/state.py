@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from ..wrappers.swap import holds_averages, own_parameters
 from . import safetensors, trees
 from .atomic import replacing
 from .config import describe, differences, stack
@@ -25,7 +26,8 @@ def save(path: str | os.PathLike, optimizer: Optimizer, model: Module | dict | N
 
     The file appears whole or not at all: whatever happens meanwhile, ``path`` holds the old file or the new one. Every
     array keeps its dtype and every bit. State lies under ``optimizer.``, parameters under ``model.``; hyperparameters
-    and the structure of the trees (lists, empty dicts) are in the metadata.
+    and the structure of the trees (lists, empty dicts) are in the metadata. Inside ``with optimizer.averaged(model)``
+    the model's own weights are written, so that the run can go on; ``model.save_weights`` writes the averages there.
 
     Args:
         path: Where to write; a link is followed, an old file's permissions are kept.
@@ -66,9 +68,12 @@ def load(
         strict: Refuse other hyperparameters than the saved ones. Default: ``True``.
 
     Raises:
-        ValueError: If the file is damaged, or does not fit; each difference is named. Nothing has changed then.
+        ValueError: If the file is damaged, or does not fit; each difference is named. Or if the model holds averages at
+            the moment (:meth:`~mlx_adagrad.wrappers.Wrapper.averaged`). Nothing has changed then.
         OSError: If the file cannot be read. Nothing has changed then.
     """
+    if model is not None and holds_averages(model):
+        raise ValueError("[checkpoint] 'model' holds averages: leave the 'with' block of 'averaged' before you load.")
     live = {"optimizer": optimizer.state} | ({} if model is None else {"model": _parameters(model)})
     with _opened(path) as (entries, metadata):
         saved = _unpack(entries, metadata)
@@ -100,7 +105,7 @@ def _other_hyperparameters(config: Any, own: Any) -> list[str]:
 
 
 def _parameters(model: Module | dict | None) -> Any:
-    return model.parameters() if isinstance(model, Module) else model
+    return None if model is None else own_parameters(model)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from ..leaves import rebuild
 from ..trees import Keys, find, mapped, name, present, pruned, trainable
 from ..update.accumulators import wide_dtype
 from ..update.modifiers import Modifiers
-from .base import Wrapper
+from .base import Wrapper, read
+from .swap import has_averages, holds_averages, swapped, was_updated
 
 
 class ExponentialMovingAverage(Wrapper):
@@ -55,6 +56,11 @@ class ExponentialMovingAverage(Wrapper):
             self._own["averages"].setdefault(key, w.astype(wide_dtype(w)))
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if has_averages(
+            parameters
+        ):  # not in a trace, where raising would leave tracers in the state
+            what = "an update inside 'averaged' would be of the averages, and lost"
+            raise ValueError(f"[{self._name}] {what}: leave the 'with' block before you train.")
         new = super().apply_modified(gradients, parameters, modifiers)
         if modifiers.apply is False:
             return new
@@ -104,18 +110,31 @@ class ExponentialMovingAverage(Wrapper):
         Returns:
             The parameters, averaged.
         """
+        if not isinstance(model_or_tree, Module):
+            return self._averages_of(model_or_tree)
+        if holds_averages(model_or_tree):
+            what = "the model holds the averages already, until the end of 'averaged'"
+            raise ValueError(f"[{self._name}] {what}: put them in place for good outside.")
+        return model_or_tree.update(self._averages_of(model_or_tree.trainable_parameters())).parameters()
+
+    def _averages_of(self, tree: Any) -> Any:
         averages = self._own["averages"]
 
         def final(keys: Keys, w: Any) -> Any:
             return averages[name(keys)].astype(w.dtype) if name(keys) in averages else w
 
-        module = isinstance(model_or_tree, Module)
-        tree = model_or_tree.trainable_parameters() if module else model_or_tree
-        averaged = rebuild(tree, tree, (final(keys, w) for keys, w in present(tree)))
-        return model_or_tree.update(averaged).parameters() if module else averaged
+        return rebuild(tree, tree, (final(keys, w) for keys, w in present(tree)))
 
     def averaged(self, model: Module) -> AbstractContextManager[Module]:
-        """A context in which ``model`` holds the averages, for evaluation; its own weights come back afterwards."""
+        """A context in which ``model`` holds the averages, for evaluation; its own weights come back afterwards.
+
+        Meanwhile ``checkpoint.save`` still writes its own weights, ``model.save_weights`` the averages; an update,
+        ``finalize_variable_values`` and ``checkpoint.load`` are refused.
+
+        Raises:
+            TypeError: If ``model`` is no module.
+            RuntimeError: At the end, if a compiled step updated the model meanwhile; its own weights are back then.
+        """
         if not isinstance(model, Module):
             hint = "finalize_variable_values takes trees"
             raise TypeError(f"[{self._name}] 'model' must be a module but got {type(model).__name__}; {hint}.")
@@ -123,12 +142,13 @@ class ExponentialMovingAverage(Wrapper):
 
     @contextmanager
     def _swapped(self, model: Module) -> Iterator[Module]:
-        own = model.trainable_parameters()
-        self.finalize_variable_values(model)
-        try:
+        counts = self._own["calls"], self.step
+        with swapped(model, self._averages_of) as swap:
             yield model
-        finally:
-            model.update(own)
+            counted = [read(count) for count in counts] != [read(self._own["calls"]), read(self.step)]
+            if counted and was_updated(swap):
+                what = "a step inside 'averaged' advanced the optimizer, but its new weights are lost"
+                raise RuntimeError(f"[{self._name}] {what}: leave the 'with' block before you train.")
 
 
 # compiled: one pass; with one output, which takes the place of the old average in memory
