@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 
 from .. import checks
+from ..update.compiled import compiled
 
 Check: TypeAlias = Callable[[str, str, Any], Any]
 
@@ -77,7 +78,7 @@ def _array_function(owner: str, name: str, function: Callable[[mx.array], Any]) 
     if not callable(function):
         raise TypeError(f"[{owner}] '{name}' must be a function of the step but got {function!r}.")
     try:
-        result = mx.compile(lambda step: mx.array(function(step)))(mx.array(0, mx.int64))
+        result = compiled(lambda step: mx.array(function(step)))(mx.array(0, mx.int64))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"[{owner}] '{name}' must work on an mx.array without reading its value (mx.where instead of if, "

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..update import ops, rule, streams
 from ..update.accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
+from ..update.compiled import compiled
 from ..update.rule import Form, Scalars
 from ..update.step import Plan
 from . import kernels as row_kernels
@@ -175,8 +176,8 @@ class _Functions:
             return mx.where(_acting(live, s), rows - w_rows, idle).astype(w_dtype)
 
         # MLX 0.32.4 crashes on a shapeless reduction over an axis of length 1
-        self._grown: Any = grown if isinstance(accumulator, RowWise) else mx.compile(grown, shapeless=True)
-        self._moved: Any = mx.compile(moved, shapeless=True)
+        self._grown: Any = grown if isinstance(accumulator, RowWise) else compiled(grown, shapeless=True)
+        self._moved: Any = compiled(moved, shapeless=True)
 
     def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars) -> mx.array:
         """What is written to ``v``."""

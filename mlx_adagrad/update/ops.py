@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from . import rule
 from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
+from .compiled import compiled
 from .rule import Form, Scalars
 from .streams import PARALLEL_ELEMENTS, StreamScheduler
 
@@ -49,12 +50,12 @@ class Functions:
             pairs = [both(w, g, v, s) for w, g, v in zip(ws, gs, vs, strict=True)]
             return [w for w, _ in pairs], [v for _, v in pairs]
 
-        self.many: Any = mx.compile(many)
+        self.many: Any = compiled(many)
         # MLX 0.32.4 crashes on a shapeless reduction over an axis of length 1
         pools = shapeless and isinstance(accumulator, RowWise)
-        self.accumulate: Any = accumulate if pools else mx.compile(accumulate, shapeless=shapeless)
-        self.descend: Any = descend if pools else mx.compile(descend, shapeless=shapeless)
-        self.both: Any = both if pools else mx.compile(both, shapeless=shapeless)
+        self.accumulate: Any = accumulate if pools else compiled(accumulate, shapeless=shapeless)
+        self.descend: Any = descend if pools else compiled(descend, shapeless=shapeless)
+        self.both: Any = both if pools else compiled(both, shapeless=shapeless)
 
     def update(
         self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, streams: StreamScheduler | None = None

@@ -11,6 +11,7 @@ from .. import checks
 from ..leaves import is_row_sparse
 from ..trees import Keys, dotted, find, mapped, name, present, trainable
 from ..update.accumulators import wide_dtype
+from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
 from .base import Wrapper, read
 
@@ -92,7 +93,7 @@ class GradientAccumulation(Wrapper):
             sums[key] = mx.where(modifiers.apply, kept, sums.get(key, zeros)) if held else kept
 
 
-@mx.compile
+@compiled
 def _add(total: mx.array, g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
     g = Modifiers(scale, low, high).modified("", g)
     # a complex gradient of a real parameter is for the optimizer inside to refuse

@@ -14,6 +14,7 @@ from .. import checks
 from ..leaves import rebuild
 from ..trees import Keys, find, mapped, name, present, pruned, trainable
 from ..update.accumulators import wide_dtype
+from ..update.compiled import compiled
 from ..update.modifiers import Modifiers
 from .base import Wrapper, read
 from .swap import has_averages, holds_averages, swapped, was_updated
@@ -152,7 +153,7 @@ class ExponentialMovingAverage(Wrapper):
 
 
 # compiled: one pass; with one output, which takes the place of the old average in memory
-@mx.compile
+@compiled
 def _advanced(average: mx.array, w: mx.array, first: mx.array, momentum: float, apply: mx.array | None) -> mx.array:
     dtype = average.dtype
     keep = mx.where(first, mx.array(0.0, dtype), mx.array(momentum, dtype))
@@ -161,6 +162,6 @@ def _advanced(average: mx.array, w: mx.array, first: mx.array, momentum: float, 
     return new if apply is None else mx.where(apply, new, average)
 
 
-@mx.compile
+@compiled
 def _chosen(overwrites: mx.array, average: mx.array, w: mx.array) -> mx.array:
     return mx.where(overwrites, average.astype(w.dtype), w)

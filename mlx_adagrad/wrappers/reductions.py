@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..leaves import is_row_sparse
 from ..sparse.gradient import RowSparse
 from ..trees import Keys, dotted, mapped, present
+from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
 from ..update.rule import SMALLEST_NORMAL
 
@@ -68,13 +69,13 @@ def _scalars(keys: Keys, modifiers: Modifiers) -> tuple[mx.array | None, ...]:
 
 
 # compiled: one pass that scales, clips and squares or tests, and one that reduces what it wrote
-@mx.compile
+@compiled
 def _sum_of_squares(g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
     g = Modifiers(scale, low, high).modified("", g)
     return _total(mx.square(mx.abs(g) if g.dtype == mx.complex64 else g))
 
 
-@mx.compile
+@compiled
 def _finite(g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
     return mx.all(mx.isfinite(Modifiers(scale, low, high).modified("", g)))
 
