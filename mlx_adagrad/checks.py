@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,4 +47,11 @@ def boolean(owner: str, name: str, value: Any) -> bool:
     """Return ``value`` if it is a bool, or raise TypeError: 0 and "False" are mistakes here."""
     if not isinstance(value, bool):
         raise TypeError(f"[{owner}] '{name}' must be True or False but got {value!r}.")
+    return value
+
+
+def one_of(owner: str, name: str, value: Any, words: Sequence[str]) -> str:
+    """Return ``value`` if it is one of the words, or raise ValueError naming them."""
+    if not isinstance(value, str) or value not in words:
+        raise ValueError(f"[{owner}] '{name}' must be {' or '.join(map(repr, words))} but got {value!r}.")
     return value

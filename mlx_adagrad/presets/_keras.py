@@ -213,7 +213,7 @@ def _accumulated(optimizer: Adagrad | Wrapper, steps: int | None) -> Adagrad | W
     steps = _count("gradient_accumulation_steps", steps)
     if steps == 1:
         raise ValueError("[keras] 'gradient_accumulation_steps' must be at least 2 but got 1; leave it None.")
-    return GradientAccumulation(optimizer, steps) if steps else optimizer
+    return GradientAccumulation(optimizer, steps, schedule_counts="calls") if steps else optimizer
 
 
 def _averaged(optimizer: Adagrad | Wrapper, use: bool, momentum: float, frequency: int | None) -> Adagrad | Wrapper:

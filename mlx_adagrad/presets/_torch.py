@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .. import rates
+from .. import checks, rates
 from ..adagrad import Adagrad
 from ..groups import Groups
 from ..rates import LearningRate
@@ -47,8 +47,7 @@ def torch(
         ValueError: For a negative, infinite or NaN hyperparameter, or another ``state_dtype``.
         TypeError: For what is no number or no bool.
     """
-    if state_dtype not in ("parameter", "float32"):
-        raise ValueError(f"[torch] 'state_dtype' must be 'parameter' or 'float32' but got {state_dtype!r}.")
+    checks.one_of("torch", "state_dtype", state_dtype, ("parameter", "float32"))
     rate = rates.parse("torch", "lr", lr)
     rule = Rule(
         eps=eps,

@@ -54,12 +54,7 @@ def _list_of(check: Check) -> Check:
 
 
 def _one_of(*words: str) -> Check:
-    def check(owner: str, name: str, value: Any) -> str:
-        if value not in words:
-            raise ValueError(f"[{owner}] '{name}' must be {' or '.join(map(repr, words))} but got {value!r}.")
-        return value
-
-    return check
+    return lambda owner, name, value: checks.one_of(owner, name, value, words)
 
 
 def _scales(owner: str, name: str, value: Any) -> dict[str, float]:

@@ -19,24 +19,31 @@ from .base import Wrapper, read
 class GradientAccumulation(Wrapper):
     r"""Updates at every K-th call, by the mean of the gradients of the last K calls.
 
-    Keras's rule, with the sums in fp32 (Keras: in the parameter's dtype). Learning-rate schedules inside see the number
-    of calls; the step count is that of updates. A gradient that is absent adds nothing; one that is absent at the K-th
-    call discards its parameter's sum without an update.
+    Keras's rule, with the sums in fp32 (Keras: in the parameter's dtype). The step count is that of updates. A gradient
+    that is absent adds nothing; one that is absent at the K-th call discards its parameter's sum without an update.
 
     Args:
         optimizer: The optimizer inside.
         steps: :math:`K \ge 1`.
+        schedule_counts: What learning-rate schedules inside are called with, at 0 first: ``"calls"``, the number of
+            calls so far, as in Keras; ``"updates"``, the number of updates so far, as in optax's ``MultiSteps`` and in
+            a torch loop that steps its scheduler with the optimizer. Default: ``"calls"``.
 
     Raises:
-        ValueError: If ``steps`` is below 1.
+        ValueError: If ``steps`` is below 1, or ``schedule_counts`` neither word.
         TypeError: If ``steps`` is no integer.
 
     A call that only accumulates costs one pass over the gradients. In a compiled step, and inside a wrapper that skips
     steps, each call computes an update and selects: whether it is due cannot be asked there.
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int):
+    # kept on the class and not on each object: version 0.1 has files and pickles without it
+    schedule_counts = "calls"
+
+    def __init__(self, optimizer: Optimizer, steps: int, schedule_counts: str = "calls"):
         self.steps = checks.positive_integer(self._name, "steps", steps)
+        if checks.one_of(self._name, "schedule_counts", schedule_counts, ("calls", "updates")) != self.schedule_counts:
+            self.schedule_counts = schedule_counts
         super().__init__(optimizer)
 
     def _fresh(self) -> dict[str, Any]:
@@ -58,10 +65,11 @@ class GradientAccumulation(Wrapper):
         known = read(calls) if modifiers.apply is True else None
         due = (calls + 1) % self.steps == 0 if known is None else (known + 1) % self.steps == 0
         totals = {name(keys): self._total(keys, g, parameters, modifiers) for keys, g in present(gradients)}
+        counted = calls if modifiers.calls is None else modifiers.calls
         mean = Modifiers(
             scale=mx.array(1.0 / self.steps),
             apply=modifiers.apply,
-            calls=calls if modifiers.calls is None else modifiers.calls,
+            calls=counted if self.schedule_counts == "calls" else None,  # None: the count of updates
         )
         sums = mapped(lambda keys, _: totals[name(keys)], gradients)
         new = super().apply_modified(sums, parameters, mean.gated(due))

@@ -71,10 +71,8 @@ class ClipByGlobalNorm(Wrapper):
     """
 
     def __init__(self, optimizer: Optimizer, max_norm: float | None, rule: str = "keras"):
-        if rule not in ("keras", "torch"):
-            raise ValueError(f"[{self._name}] 'rule' must be 'keras' or 'torch' but got {rule!r}.")
+        self.rule = checks.one_of(self._name, "rule", rule, ("keras", "torch"))
         self.max_norm = _limit(self, "max_norm", max_norm)
-        self.rule = rule
         super().__init__(optimizer)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
