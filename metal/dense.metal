@@ -1,21 +1,23 @@
-// One dense tensor: every thread updates N neighbouring elements. Reads w, g, v once, writes w, v once.
-ulong first_element =
-    (ulong(thread_position_in_grid.y) * threads_per_grid.x + thread_position_in_grid.x) * N;
-ulong tensor_size = 1;
-for (int d = 0; d < w_ndim; ++d) {
-  tensor_size *= ulong(w_shape[d]);
-}
+// One dense tensor: every thread updates N neighbouring elements of a row. Reads w, g, v once, where they lie, and
+// writes w, v once, row after row.
+uint column = thread_position_in_grid.x * N;
+uint columns = uint(w_shape[w_ndim - 1]);
+long across_w = w_strides[w_ndim - 1], across_g = g_strides[w_ndim - 1], across_v = v_strides[w_ndim - 1];
+ulong blocks = adagrad_blocks(w_shape, w_ndim);
 AdagradScalars s = {
     scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], !GATED || scalars[6] != 0.0f};
-for (int k = 0; k < N; ++k) {
-  ulong i = first_element + k;
-  if (i < tensor_size) {
-    float weight = float(w[i]);
-    float accumulator = float(v[i]);
-    float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[i]), s);
-    float total = UPDATE_ACCUMULATOR ? accumulator + gradient * gradient : accumulator;
+for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_per_grid.z) {
+  uint row = thread_position_in_grid.y;
+  long at_w = adagrad_row(row, block, w_shape, w_strides, w_ndim) + column * across_w;
+  long at_g = adagrad_row(row, block, w_shape, g_strides, w_ndim) + column * across_g;
+  long at_v = adagrad_row(row, block, w_shape, v_strides, w_ndim) + column * across_v;
+  ulong i = (block * threads_per_grid.y + row) * columns + column;
+  for (uint k = 0; k < N && column + k < columns; ++k, ++i, at_w += across_w, at_g += across_g, at_v += across_v) {
+    float weight = float(w[at_w]);
+    float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[at_g]), s);
+    float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
     float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
-    new_weights[i] = static_cast<W>(s.apply ? updated : weight);
-    new_accumulator[i] = static_cast<V>(s.apply ? total : accumulator);
+    new_weights[i] = s.apply ? static_cast<W>(updated) : w[at_w];
+    new_accumulator[i] = s.apply ? static_cast<V>(total) : static_cast<V>(v[at_v]);
   }
 }

@@ -1,24 +1,31 @@
 // One row of a dense gradient with one accumulator a row, by one simdgroup: the mean of g² over the row, then the row.
 uint lane = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;
-uint columns = w_shape[1];
+ulong columns = 1;
+for (int axis = 1; axis < w_ndim; ++axis) {
+  columns *= ulong(w_shape[axis]);
+}
+long row_w = long(row) * w_strides[0], row_g = long(row) * g_strides[0];
 AdagradScalars s = {
     scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], !GATED || scalars[6] != 0.0f};
 float squares = 0.0f;
-for (uint column = lane; column < columns; column += threads_per_grid.x) {
-  ulong i = ulong(row) * columns + column;
-  float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(float(w[i]), float(g[i]), s);
+for (ulong column = lane; column < columns; column += threads_per_grid.x) {
+  float weight = float(w[row_w + adagrad_column(column, w_shape, w_strides, w_ndim)]);
+  float g_here = float(g[row_g + adagrad_column(column, w_shape, g_strides, w_ndim)]);
+  float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g_here, s);
   squares += gradient * gradient;
 }
-float accumulator = float(v[row]);
-float total = UPDATE_ACCUMULATOR ? accumulator + simd_sum(squares) / columns : accumulator;
+float mean = simd_sum(squares) / float(columns);
+float accumulator = float(v[row * v_strides[0]]);
+float total = UPDATE_ACCUMULATOR ? accumulator + mean : accumulator;
 if (lane == 0) {
-  new_accumulator[row] = static_cast<V>(s.apply ? total : accumulator);
+  new_accumulator[row] = s.apply ? static_cast<V>(total) : static_cast<V>(v[row * v_strides[0]]);
 }
-for (uint column = lane; column < columns; column += threads_per_grid.x) {
-  ulong i = ulong(row) * columns + column;
-  float weight = float(w[i]);
-  float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[i]), s);
+for (ulong column = lane; column < columns; column += threads_per_grid.x) {
+  long at_w = row_w + adagrad_column(column, w_shape, w_strides, w_ndim);
+  float weight = float(w[at_w]);
+  float g_here = float(g[row_g + adagrad_column(column, w_shape, g_strides, w_ndim)]);
+  float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g_here, s);
   float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
-  new_weights[i] = static_cast<W>(s.apply ? updated : weight);
+  new_weights[ulong(row) * columns + column] = s.apply ? static_cast<W>(updated) : w[at_w];
 }

@@ -34,6 +34,12 @@ inline float adagrad_gradient(float w, float g, const thread AdagradScalars& s) 
   return g;
 }
 
+// v + g², for the gradient of adagrad_gradient.
+template <bool UPDATE_ACCUMULATOR>
+inline float adagrad_accumulate(float v, float g) {
+  return UPDATE_ACCUMULATOR ? v + g * g : v;
+}
+
 // sqrt(v) + eps or sqrt(v + eps); infinite where both are 0, which makes the update 0.
 template <bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO>
 inline float adagrad_denominator(float v, const thread AdagradScalars& s) {

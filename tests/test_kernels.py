@@ -181,8 +181,7 @@ def test_bytes_per_element(host):
             optimizer = Adagrad(0.1, weight_decay=0.1, decoupled_weight_decay=True, fused=True)
             optimizer.apply_modified({"w": g}, {"w": w}, Modifiers(scale=mx.array(0.5), apply=mx.array(True)))
             (launch,) = host.launches
-            of_tensors = sum(launch.bytes_read[name] for name in ("w", "g", "v"))
-            assert of_tensors + sum(launch.bytes_written.values()) == promised * size
+            assert launch.traffic("w", "g", "v") == promised * size
 
 
 def test_one_launch_for_each_tensor_that_is_not_empty(host):
@@ -202,32 +201,39 @@ def test_three_sources_for_each_dtype_combination(host):
         assert len(host.sources) == 3
 
 
-def test_work_and_threadgroups_are_those_of_mlx(host):
-    for dtype, size, threads in (
-        (mx.float32, 65_536, 32_768),
-        (mx.float32, 65_535, 65_535),
-        (mx.bfloat16, 65_537, 16_385),
-        (mx.float32, 1, 1),
+def test_work_of_a_thread_is_that_of_mlx(host):
+    for dtype, shape, grid, threadgroup in (
+        (mx.float32, (65_536,), (32_768, 1, 1), (256, 1, 1)),
+        (mx.float32, (65_535,), (65_535, 1, 1), (256, 1, 1)),
+        (mx.bfloat16, (65_537,), (16_385, 1, 1), (256, 1, 1)),
+        (mx.float32, (1,), (1, 1, 1), (1, 1, 1)),
+        (mx.float32, (256, 300), (150, 256, 1), (16, 16, 1)),
+        (mx.float32, (9, 4), (4, 9, 1), (4, 9, 1)),
+        (mx.float32, (5, 100), (100, 5, 1), (51, 5, 1)),
+        (mx.float32, (64, 3, 3, 2), (2, 3, 192), (2, 3, 42)),
     ):
         host.clear()
-        w = mx.ones((size,), dtype)
+        w = mx.ones(shape, dtype)
         Adagrad(0.1, fused=True).apply_gradients({"w": w}, {"w": w})
-        assert host.launches[0].grid == (threads, 1, 1) and host.launches[0].threadgroup == (256, 1, 1)
+        assert (host.launches[0].grid, host.launches[0].threadgroup) == (grid, threadgroup)
 
 
-def test_more_threads_than_one_row_of_the_grid_holds(host, monkeypatch):
-    monkeypatch.setattr(kernels, "GRID_ROW", 64)
-    for size in (64, 65, 1000):
-        w = mx.arange(size).astype(mx.float32)
-        got, _ = run(Adagrad(0.1, fused=True), w, [w])
-        assert_near(got, adagrad(to_numpy(w), [to_numpy(w)])[-1][0])
-    assert host.launches[-1].grid == (64, 16, 1)
+def test_more_blocks_than_an_axis_of_the_grid_holds(host, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", 4)
+    w = mx.random.normal((3, 3, 2, 5))
+    got, _ = run(Adagrad(0.1, fused=True), w, [w])
+    assert_near(got, adagrad(to_numpy(w), [to_numpy(w)])[-1][0])
+    assert host.launches[-1].grid == (5, 2, 4)
     monkeypatch.undo()
-    assert kernels.grid(2**31) == (2**30, 2, 1) and kernels.grid(2**32 + 1) == (2**30, 5, 1)
+    assert kernels.grid((2**20, 2**20, 2, 2), 1)["grid"] == (2, 2, 2**30)
+    assert kernels.grid((2**31 - 1,), 2)["grid"] == (2**30, 1, 1)
 
 
 def test_indices_are_64_bit():
-    assert "ulong first_element" in kernels.source("dense") and "ulong tensor_size" in kernels.source("dense")
+    dense, layout = kernels.source("dense"), kernels.source("layout")
+    for offset in ("long at_w", "long at_g", "long at_v", "ulong i = (block *", "ulong block ="):
+        assert offset in dense
+    assert layout.count("inline long") == 2 and "inline ulong adagrad_blocks" in layout
 
 
 # --- without Metal ----------------------------------------------------------------------------------------------------

@@ -93,5 +93,5 @@ class Functions:
 
 def _thread_per_element(rows: int, columns: int) -> dict[str, tuple[int, int, int]]:
     """A grid of a column along x and a row along y, in groups of whole rows where they are short."""
-    across = min(columns, kernels.THREADGROUP[0])
-    return {"grid": (columns, rows, 1), "threadgroup": (across, kernels.THREADGROUP[0] // across, 1)}
+    across = min(columns, kernels.THREADS)
+    return {"grid": (columns, rows, 1), "threadgroup": (across, kernels.THREADS // across, 1)}

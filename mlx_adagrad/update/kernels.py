@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
@@ -16,10 +17,14 @@ from .step import Plan
 # (get_work_per_thread in mlx/backend/metal/utils.h).
 BYTES_PER_THREAD = 8
 ONE_PER_THREAD_BELOW = 65_536
-# 1024 threads fail on some chips by register pressure.
-THREADGROUP = (256, 1, 1)
-# A grid axis is an int32; further rows of threads go into the second axis.
-GRID_ROW = 2**30
+# Of a threadgroup; 1024 fail on some chips by register pressure.
+THREADS = 256
+# Threads of a threadgroup along either of the last two axes, where both are that long.
+TILE = 16
+# A grid axis is an int32; a thread takes several blocks where there are more.
+MOST_BLOCKS = 2**30
+
+Where: TypeAlias = "dict[str, tuple[int, int, int]]"
 
 PARAMETER_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 GRADIENT_DTYPES = PARAMETER_DTYPES
@@ -70,56 +75,57 @@ def launch(
     """
     if w.size == 0:
         return w, v.astype(v_dtype)
-    if v.ndim < w.ndim:
-        return _launch_row_wise(form, w, g, v, row, v_dtype)
     shape = w.shape or (1,)
-    per_thread = 1 if w.size < ONE_PER_THREAD_BELOW else BYTES_PER_THREAD // w.dtype.size
-    template: list[tuple[str, Any]] = [("W", w.dtype), ("V", v_dtype), ("N", per_thread)]
-    new_w, new_v = kernel("dense", ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator"))(
-        inputs=[w.reshape(shape), g.reshape(shape), v.reshape(shape), row],
-        template=template + [(name.upper(), value) for name, value in form._asdict().items()],
-        output_shapes=[shape, shape],
+    template: list[tuple[str, Any]] = [("W", w.dtype), ("V", v_dtype)]
+    template += [(name.upper(), value) for name, value in form._asdict().items()]
+    if v.ndim < w.ndim:
+        name, v_shape, where = "rowwise", v.shape, simdgroup_per_row(len(w))
+    else:
+        per_thread = 1 if w.size < ONE_PER_THREAD_BELOW else BYTES_PER_THREAD // w.dtype.size
+        template.append(("N", per_thread))
+        name, v_shape, where = "dense", shape, grid(shape, per_thread)
+    # strided: the gradient of every nn.Linear weight is a transposed view
+    new_w, new_v = kernel(name, ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator"), strided=True)(
+        inputs=[w, g, v, row] if w.ndim else [w.reshape(1), g.reshape(1), v.reshape(1), row],
+        template=template,
+        output_shapes=[shape, v_shape],
         output_dtypes=[w.dtype, v_dtype],
-        grid=grid(-(-w.size // per_thread)),
-        threadgroup=THREADGROUP,
+        **where,
     )
-    return new_w.reshape(w.shape), new_v.reshape(w.shape)
+    return (new_w, new_v) if w.ndim else (new_w.reshape(()), new_v.reshape(()))
 
 
-def _launch_row_wise(
-    form: Form, w: mx.array, g: mx.array, v: mx.array, row: mx.array, v_dtype: mx.Dtype
-) -> tuple[mx.array, mx.array]:
-    shape = (len(w), w.size // len(w))
-    names = ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator")
-    new_w, new_v = kernel("rowwise", *names)(
-        inputs=[w.reshape(shape), g.reshape(shape), v, row],
-        template=[("W", w.dtype), ("V", v_dtype), *((name.upper(), value) for name, value in form._asdict().items())],
-        output_shapes=[shape, v.shape],
-        output_dtypes=[w.dtype, v_dtype],
-        **simdgroup_per_row(len(w)),
-    )
-    return new_w.reshape(w.shape), new_v
-
-
-def simdgroup_per_row(rows: int) -> dict[str, tuple[int, int, int]]:
+def simdgroup_per_row(rows: int) -> Where:
     """A grid of 32 lanes along x and a row along y, so that a row is summed up inside one simdgroup."""
-    return {"grid": (32, rows, 1), "threadgroup": (32, THREADGROUP[0] // 32, 1)}
+    return {"grid": (32, rows, 1), "threadgroup": (32, THREADS // 32, 1)}
 
 
-def grid(threads: int) -> tuple[int, int, int]:
-    """The grid for at least this many threads: one row, or full rows of 2^30 where int32 would overflow."""
-    return (threads, 1, 1) if threads <= GRID_ROW else (GRID_ROW, -(-threads // GRID_ROW), 1)
+def grid(shape: tuple[int, ...], per_thread: int) -> Where:
+    """The grid of ``metal/layout.metal`` for an array of this shape, each thread with so many elements of a row.
+
+    A threadgroup is a tile of 16 x 16 threads, as far as the axes reach: a transposed array is read along its columns,
+    so that both it and what lies row after row use whole cache lines.
+    """
+    rows, blocks = (1, 1, *shape)[-2], min(math.prod(shape[:-2]), MOST_BLOCKS)
+    threads = -(-shape[-1] // per_thread)
+    across = min(threads, THREADS // min(rows, TILE))
+    down = min(rows, THREADS // across)
+    return {"grid": (threads, rows, blocks), "threadgroup": (across, down, min(blocks, THREADS // (across * down)))}
 
 
 @cache
-def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
-    """The kernel whose body is ``metal/<name>.metal``, built once, at its first launch."""
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], strided: bool = False) -> Any:
+    """The kernel whose body is ``metal/<name>.metal``, built once, at its first launch.
+
+    ``strided``: it reads its inputs where they lie; else MLX copies first what is not row-contiguous.
+    """
     return mx.fast.metal_kernel(
         name=f"mlx_adagrad_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
-        header=source("rule"),
+        header=source("rule") + source("layout"),
         source=source(name),
+        ensure_row_contiguous=not strided,
     )
 
 

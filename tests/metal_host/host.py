@@ -11,7 +11,7 @@ import numpy as np
 
 from . import toolchain
 from .errors import HostError
-from .memory import OUTPUT, Arena, Block, HostDispatch, input_blocks, output_block, to_mlx
+from .memory import OUTPUT, Arena, Block, HostDispatch, input_blocks, is_row_contiguous, output_block, to_mlx
 from .source import Signature, exported_source, for_clang, parse
 
 _MLX_METAL_KERNEL = mx.fast.metal_kernel  # taken before anybody replaces it
@@ -22,7 +22,12 @@ _LARGEST_THREADGROUP = 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """What one launch did. Bytes are summed over all threads, by buffer name; empty without checks."""
+    """What one launch did. Bytes are summed over all threads, by buffer name; empty without checks.
+
+    ``copies`` holds the inputs that MLX copies first, by a general copy kernel each, and the bytes that this reads and
+    writes: with ``ensure_row_contiguous`` those that are not row-contiguous (``CustomKernel::eval_gpu`` in MLX's
+    mlx/backend/metal/custom_kernel.cpp; ``launches`` counts those kernels too).
+    """
 
     name: str
     source: str
@@ -31,6 +36,17 @@ class Launch:
     bytes_read: dict[str, int]
     bytes_written: dict[str, int]
     elements: dict[str, int]
+    copies: dict[str, int]
+
+    @property
+    def launches(self) -> int:
+        """Kernels that Metal runs: this one, and a copy for each input that is not read where it lies."""
+        return 1 + len(self.copies)
+
+    def traffic(self, *inputs: str) -> int:
+        """Bytes read from these inputs, written to all outputs, and moved by copies before."""
+        read = sum(self.bytes_read[name] for name in inputs)
+        return read + sum(self.bytes_written.values()) + sum(self.copies.values())
 
 
 class HostMetal:
@@ -213,7 +229,12 @@ class HostKernel:
             bytes_read={name: b.loaded for name, b in seen.items()},
             bytes_written={name: b.stored for name, b in seen.items() if b.flags & OUTPUT},
             elements={b.name: b.data.size for b in arena.blocks},
+            copies=self._copies(call),
         )
+
+    def _copies(self, call: _Call) -> dict[str, int]:
+        inputs = zip(self._input_names, call.inputs, strict=True)
+        return {name: 2 * x.nbytes for name, x in inputs if self._contiguous and not is_row_contiguous(x)}
 
 
 def _triple(size: Sequence[int]) -> tuple[int, int, int]:

@@ -107,6 +107,11 @@ def _span(values: np.ndarray, strides: list[int]) -> tuple[np.ndarray, int]:
     return np.lib.stride_tricks.as_strided(lowest, (count,), (values.itemsize,)).copy(), first
 
 
+def is_row_contiguous(array: mx.array) -> bool:
+    """MLX's flag ``row_contiguous``: the elements lie one after another, row after row."""
+    return to_numpy(array).flags.c_contiguous
+
+
 def output_block(name: str, shape: tuple[int, ...], dtype: mx.Dtype, init: float | None, atomic: bool) -> Block:
     """An output, full of its initial value or of 0xFF bytes (NaN)."""
     count = int(np.prod(shape))
