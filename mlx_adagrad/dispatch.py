@@ -142,10 +142,9 @@ class Dispatch:
     def _plan(self, leaf: Leaf, state: dict) -> Plan:
         _, w, _, keys = leaf
         step, groups = self.step, self.options.groups
-        path = dotted(keys) if groups or step.by_path else ""
-        group, rule = groups.resolve(path, w) if groups else (None, groups.default)
+        group, rule = groups.resolve(keys, w) if groups else (None, groups.default)
         steps_before = state["step"] if rule.step_per_parameter and rule.lr_decay else None
-        plan = step.plan(rule, group, w, path if step.by_path else "", steps_before)
+        plan = step.plan(rule, group, w, keys if step.by_path else (), steps_before)
         if not (groups or step.by_path or rule.step_per_parameter):
             step.shared[w.dtype] = plan
         return plan

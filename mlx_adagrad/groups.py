@@ -8,11 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from . import checks, rates
 from .leaves import Leaf
-from .trees import dotted
+from .trees import FROZEN, Keys, dotted, existing
 from .update.rule import Rule
 
 Predicate: TypeAlias = Callable[[str, mx.array], bool]
@@ -70,7 +69,7 @@ class Groups:
         self.eps_must_be_positive = eps_must_be_positive
         self.mask_spares_groups = False  # MindSpore's mask holds only for what is in no group
         self.groups: list[Group] = []
-        self._resolved: dict[str, tuple[int | None, Rule]] = {}
+        self._resolved: dict[Keys, tuple[int | None, Rule]] = {}
         self._undecayed: dict[int | None, Rule] = {}
         self.unmatched: set[int] = set()
         for entry in [] if entries is None else entries:
@@ -124,22 +123,23 @@ class Groups:
             raise ValueError(f"[{owner}] 'params' must not be empty.")
         return patterns
 
-    def resolve(self, path: str, parameter: mx.array) -> tuple[int | None, Rule]:
-        """The group whose learning rate holds at ``path`` (None: the default's), and the rule; decided once a path."""
-        if path not in self._resolved:
+    def resolve(self, keys: Keys, parameter: mx.array) -> tuple[int | None, Rule]:
+        """The group whose learning rate holds at ``keys`` (None: the default's), and the rule; decided once."""
+        if keys not in self._resolved:
+            path = dotted(keys)
             index = next((i for i, group in enumerate(self.groups) if group.matches(path, parameter)), None)
             rule = self.default if index is None else self.groups[index].rule
             decays = None if index is not None and self.mask_spares_groups else self.decays
             if decays is not None and not decays(path, parameter):
                 rule = self._undecayed.setdefault(index, replace(rule, weight_decay=0.0))
             own_lr = index is not None and self.groups[index].lr is not None
-            self._resolved[path] = (index if own_lr else None, rule)
-        return self._resolved[path]
+            self._resolved[keys] = (index if own_lr else None, rule)
+        return self._resolved[keys]
 
     def resolve_all(self, leaves: Iterable[Leaf]) -> None:
         """Decide about every leaf before a step changes anything: this calls the user's predicates, which may raise."""
         for _, w, _, keys in leaves if self else ():
-            self.resolve(dotted(keys), w)
+            self.resolve(keys, w)
 
     def states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The groups' own entries in an optimizer's state: a learning rate for each group that has one.
@@ -160,13 +160,13 @@ class Groups:
         return entries
 
     def check_matches(self, parameters: Any) -> None:
-        """Raise ValueError for a group that matches no parameter of the tree; asked until it has matched once."""
+        """Raise ValueError for a group that matches no parameter, frozen ones included; asked until it has."""
         if not self.unmatched:
             return
-        pairs = [(path, w) for path, w in tree_flatten(parameters) if isinstance(w, mx.array)]
+        pairs = [(dotted(keys), w) for keys, w in existing(parameters)]
         for index in sorted(self.unmatched) if pairs else ():
             group = self.groups[index]
             if not any(group.matches(path, w) for path, w in pairs):
                 shown = ", ".join(repr(p) for p in group.patterns)
-                raise ValueError(f"[{group.rule.owner}] 'params' {shown} matches no parameter.")
+                raise ValueError(f"[{group.rule.owner}] 'params' {shown} matches no parameter; {FROZEN}.")
             self.unmatched.discard(index)

@@ -16,6 +16,7 @@ from .update.accumulators import COMPUTE_DTYPE
 
 Keys: TypeAlias = tuple[Any, ...]
 CONTAINERS = (dict, list, tuple)
+FROZEN = "frozen ones are seen only where the whole model is passed, as update(model, gradients) does"
 
 
 def dotted(keys: tuple[Any, ...]) -> str:
@@ -101,17 +102,43 @@ def optimizable(tree: Any) -> Any:
     return tree if isinstance(tree, mx.array) and tree.dtype in COMPUTE_DTYPE else None
 
 
+def existing(parameters: Any) -> Iterator[tuple[Keys, mx.array]]:
+    """The (keys, array) pairs of all parameters that there are: of a module the frozen ones too."""
+    tree = parameters.parameters() if isinstance(parameters, Module) else parameters
+    return ((keys, w) for keys, w in present(tree) if isinstance(w, mx.array))
+
+
 def trainable(parameters: Any) -> dict[str, tuple[Keys, mx.array]]:
     """The parameters that an optimizer may change, by their :func:`name`: of a module those that are not frozen."""
     tree = parameters.trainable_parameters() if isinstance(parameters, Module) else parameters
     return {name(keys): (keys, w) for keys, w in present(tree) if isinstance(w, mx.array) and w.dtype in COMPUTE_DTYPE}
 
 
+_ESCAPED = {"~": "~0", "/": "~1", ".": "~2"}
+_INDEX, _OTHER = "~3", "~4"  # before a string that reads like an index, and before what is no string
+
+
 def name(keys: Keys) -> str:
-    """The key of a parameter in a wrapper's own state: flat, and without the dots and lone digits that
-    ``mlx.utils.tree_unflatten`` would take apart, so that a checkpoint comes back as it was.
+    """The key of a parameter in a wrapper's own state: another string for any other tuple of keys.
+
+    It has no dots and is no number, so that ``mlx.utils.tree_unflatten`` does not take it apart.
     """
-    return "/".join(("", *map(str, keys)))
+    return "/".join(("", *map(_segment, keys)))
+
+
+def _segment(key: Any) -> str:
+    if type(key) is int:
+        return str(key)
+    text = str(key).translate(str.maketrans(_ESCAPED))
+    if not isinstance(key, str):
+        return _OTHER + text
+    return _INDEX + text if text.removeprefix("-").isdecimal() else text
+
+
+def old_name(name: str) -> str:
+    """What version 0.1 called the parameter that has this :func:`name` now."""
+    segments = (segment.removeprefix(_INDEX).removeprefix(_OTHER) for segment in name.split("/"))
+    return "/".join(segment.replace("~2", ".").replace("~1", "/").replace("~0", "~") for segment in segments)
 
 
 def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[str, Any]:

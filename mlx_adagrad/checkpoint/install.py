@@ -71,7 +71,7 @@ class Live:
         """The group whose learning rate holds at ``path``, and the rule; asked of ``v``, so nothing is remembered."""
         groups = copy.copy(self.adagrad.groups)
         groups._resolved = dict(groups._resolved)
-        return groups.resolve(path, self.slots[path].state["v"])
+        return groups.resolve(self.slots[path].keys, self.slots[path].state[V])
 
 
 class Place(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from ..trees import Keys, children, find, mapped, present
 from ..update import streams
 from .gradient import RowSparse, evaluate
 from .look_ups import Table, by_module, owned, rows_of, table_of, watching
@@ -77,8 +77,7 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
 
     @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
-        found = {path: module for path, module in modules.items() if isinstance(module, SparseEmbedding)}
+        found = dict(_embeddings(model))
         with owned(found.values()):
             return _value_and_grad(model, fn, found, exportable, args, kwargs)
 
@@ -86,11 +85,11 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
 
 
 def _value_and_grad(
-    model: nn.Module, fn: Callable, modules: dict[str, SparseEmbedding], exportable: bool, args: Any, kwargs: Any
+    model: nn.Module, fn: Callable, modules: dict[Keys, SparseEmbedding], exportable: bool, args: Any, kwargs: Any
 ) -> tuple[Any, Any]:
     parameters = model.trainable_parameters()
-    before = _flat(parameters)
-    tables = {path: Table(modules[path]) for path, _ in before if path in modules}  # in the order of the tree
+    before = [*present(parameters)]
+    tables = {keys: Table(modules[keys]) for keys, _ in before if keys in modules}  # in the order of the tree
     if not tables:
         return nn.value_and_grad(model, fn)(*args, **kwargs)
     with watching(tables) as outermost:
@@ -100,24 +99,28 @@ def _value_and_grad(
             value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
             return value, _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
         except BaseException:
-            model.update(tree_unflatten(before))  # there are tracers in it, and in the tree of parameters
+            _put(model, before)  # there are tracers in it, and in the tree of parameters
             raise
 
 
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    flat: Any = tree_flatten(tree)
-    return flat
+def _embeddings(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, SparseEmbedding]]:
+    """The sparse embeddings of a model, by the keys to their tables."""
+    if isinstance(tree, SparseEmbedding):
+        yield (*keys, "weight"), tree
+    if isinstance(tree, dict | list):
+        for key, below in children(tree):
+            yield from _embeddings(below, (*keys, key))
 
 
 def _differentiate(
-    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[Keys, Table], args: Any, kwargs: Any
 ) -> Any:
     """``nn.value_and_grad`` while the tables are watched; the model gets its parameters back."""
-    placed: dict[str, mx.array] = {}
+    placed: dict[Keys, mx.array] = {}
 
     def watched_fn(parameters: dict, *args: Any, **kwargs: Any) -> Any:
         model.update(parameters)
-        placed.update(_flat(parameters))
+        placed.update(present(parameters))
         for table in by_module(tables).values():
             table.watch()
         return fn(*args, **kwargs)
@@ -127,83 +130,88 @@ def _differentiate(
     return value, totals
 
 
-def _put_back(model: nn.Module, placed: dict[str, mx.array], parameters: dict) -> None:
+def _put_back(model: nn.Module, placed: dict[Keys, mx.array], parameters: dict) -> None:
     """Put the parameters in the place of what stood for them; what fn has changed stays."""
-    now = dict(_flat(model.parameters()))
-    kept = [(path, w) for path, w in _flat(parameters) if now.get(path) is placed[path]]
-    if kept:
-        model.update(tree_unflatten(kept))
+    _put(model, ((keys, w) for keys, w in present(parameters) if find(model, keys) is placed[keys]))
+
+
+def _put(model: nn.Module, parameters: Iterable[tuple[Keys, mx.array]]) -> None:
+    """Put parameters into the model, where it still has an array."""
+    for keys, w in parameters:
+        if isinstance(find(model, keys), mx.array):
+            find(model, keys[:-1])[keys[-1]] = w
 
 
 def _run_exportable(
-    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[Keys, Table], args: Any, kwargs: Any
 ) -> Any:
     """Differentiate for a block of zeros that is added to each look-up; a first run tells their shapes."""
     sparse = _rehearse(model, fn, parameters, tables, args, kwargs)
-    blocks = {path: [mx.zeros((*shape, table.weight.shape[1]), table.weight.dtype) for shape in table.shapes]
-              for path, table in sparse.items()}
+    blocks = [
+        [mx.zeros((*shape, table.weight.shape[1]), table.weight.dtype) for shape in table.shapes]
+        for table in sparse.values()
+    ]
 
-    placed: dict[str, mx.array] = {}
+    placed: dict[Keys, mx.array] = {}
 
     def blocked_fn(variables: dict, *args: Any, **kwargs: Any) -> Any:
         model.update(variables["parameters"])
-        placed.update(_flat(variables["parameters"]))
-        for path, table in sparse.items():
-            table.blocks = iter(variables["blocks"][path])
+        placed.update(present(variables["parameters"]))
+        for table, own in zip(sparse.values(), variables["blocks"], strict=True):
+            table.blocks = iter(own)
         return fn(*args, **kwargs)
 
     variables = {"parameters": parameters, "blocks": blocks}
     value, totals = mx.value_and_grad(blocked_fn)(variables, *args, **kwargs)
-    for path, table in sparse.items():
-        table.found = [(x, g) for (x, _), g in zip(table.found, totals["blocks"][path], strict=True)]
+    for table, own in zip(sparse.values(), totals["blocks"], strict=True):
+        table.found = [(x, g) for (x, _), g in zip(table.found, own, strict=True)]
         table.reached = False  # by anything but the look-ups
     _put_back(model, placed, parameters)
     return value, _gradients(totals["parameters"], tables)
 
 
 def _rehearse(
-    model: nn.Module, fn: Callable, parameters: dict, tables: dict[str, Table], args: Any, kwargs: Any
-) -> dict[str, Table]:
+    model: nn.Module, fn: Callable, parameters: dict, tables: dict[Keys, Table], args: Any, kwargs: Any
+) -> dict[Keys, Table]:
     """Run once, evaluate nothing, undo what changed, and return the tables with a sparse gradient."""
     random_state: Any = mx.random.state
     before, key = model.parameters(), random_state[0]
     _, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
-    dense = {path for path, g in _flat(totals) if path in tables and tables[path].is_dense(g)}
-    for path, table in tables.items():
+    dense = {keys for keys, g in present(totals) if keys in tables and tables[keys].is_dense(g)}
+    for keys, table in tables.items():
         table.close()
-        table.closed, table.replaced = False, path in dense
+        table.closed, table.replaced = False, keys in dense
     model.update(before)
     try:
         high, low = key.tolist()
         mx.random.seed(high << 32 | low)
     except ValueError:
         pass  # the random state is being traced: the trace goes on from where the rehearsal ended
-    return {path: table for path, table in tables.items() if path not in dense}
+    return {keys: table for keys, table in tables.items() if keys not in dense}
 
 
-def _evaluated(value: Any, totals: dict, tables: dict[str, Table]) -> dict:
+def _evaluated(value: Any, totals: dict, tables: dict[Keys, Table]) -> dict:
     """:func:`_gradients`, evaluated in two stages: those of the look-ups are free again once they are summed up.
 
     The second only starts, unless something is tracing: it reads no table, so that an update need not wait for it. On a
     CPU the indices are sorted beside the forward pass, and the sums made beside what comes next.
     """
-    others = [g for path, g in _flat(totals) if path not in tables or tables[path].is_dense(g)]
+    others = [g for keys, g in present(totals) if keys not in tables or tables[keys].is_dense(g)]
     recorded = [table.recorded() for table in tables.values()]
     with streams.second_stream(sum(gradient.values.size for gradient in recorded)):
         runs = [gradient.runs() for gradient in recorded if gradient.values.size]
     evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded
     gradients = _gradients(totals, tables, differentiable=False)
-    found = (g for path, g in _flat(gradients) if path in tables)
+    found = (g for keys, g in present(gradients) if keys in tables)
     evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found], wait=False)
     return gradients
 
 
-def _gradients(totals: dict, tables: dict[str, Table], differentiable: bool = True) -> dict:
+def _gradients(totals: dict, tables: dict[Keys, Table], differentiable: bool = True) -> dict:
     """``totals`` with the gradients of the tables in their places."""
 
-    def gradient(path: str, total: mx.array) -> Any:
-        return tables[path].gradient(total, differentiable) if path in tables else total
+    def gradient(keys: Keys, total: mx.array) -> Any:
+        return tables[keys].gradient(total, differentiable) if keys in tables else total
 
-    gradients: Any = tree_map_with_path(gradient, totals)
-    return gradients
+    return mapped(gradient, totals)

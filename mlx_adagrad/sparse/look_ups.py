@@ -120,7 +120,7 @@ def table_of(module: nn.Module) -> Table | None:
     return None
 
 
-def by_module(tables: dict[str, Table]) -> dict[int, Table]:
+def by_module(tables: dict[Any, Table]) -> dict[int, Table]:
     """The tables by their modules; of paths that share one, the last, as in MLX."""
     return {id(table.module): table for table in tables.values()}
 
@@ -150,7 +150,7 @@ def owned(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def watching(tables: dict[str, Table]) -> Iterator[bool]:
+def watching(tables: dict[Any, Table]) -> Iterator[bool]:
     """Let the look-ups of this thread know of the tables; tells whether this is the outermost call."""
     if not hasattr(_thread, "calls"):
         _thread.calls = []

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from . import ops
 
-# One 0-d fp32 array for the whole tree, or one for each parameter path.
-Scalar: TypeAlias = "mx.array | dict[str, mx.array]"
+Keys: TypeAlias = tuple[Any, ...]  # the path to a parameter
+
+# One 0-d fp32 array for the whole tree, or one for each parameter.
+Scalar: TypeAlias = "mx.array | dict[Keys, mx.array]"
 
 
 def combine(a: Scalar | None, b: Scalar | None, function: Callable[[mx.array, mx.array], mx.array]) -> Scalar | None:
-    """``function(a, b)`` path by path; where one of them is absent, the other."""
+    """``function(a, b)``, parameter by parameter; where one of them is absent, the other."""
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, dict):
-        return {path: function(x, b[path] if isinstance(b, dict) else b) for path, x in a.items()}
+        return {keys: function(x, b[keys] if isinstance(b, dict) else b) for keys, x in a.items()}
     if isinstance(b, dict):
-        return {path: function(a, x) for path, x in b.items()}
+        return {keys: function(a, x) for keys, x in b.items()}
     return function(a, b)
 
 
-def at(scalar: Scalar | None, path: str) -> mx.array | None:
-    """The scalar that holds for the parameter at ``path``."""
-    return scalar[path] if isinstance(scalar, dict) else scalar
+def at(scalar: Scalar | None, keys: Keys) -> mx.array | None:
+    """The scalar that holds for the parameter at ``keys``."""
+    return scalar[keys] if isinstance(scalar, dict) else scalar
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ class Modifiers:
             apply = mx.logical_and(self.apply, flag)
         return replace(self, apply=apply)
 
-    def modified(self, path: str, gradient: mx.array) -> mx.array:
+    def modified(self, keys: Keys, gradient: mx.array) -> mx.array:
         """``gradient`` as the update will see it, fp32 or wider: for norms, and for optimizers that take no
         modifiers.
         """
         if gradient.dtype != mx.complex64:
             gradient = gradient.astype(mx.float64 if gradient.dtype == mx.float64 else mx.float32)
-        scale, low, high = at(self.scale, path), at(self.low, path), at(self.high, path)
+        scale, low, high = at(self.scale, keys), at(self.low, keys), at(self.high, keys)
         if scale is not None:
             gradient = gradient * scale.astype(gradient.dtype)
         if low is None or high is None:

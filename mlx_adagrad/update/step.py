@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import ops
 from .accumulators import COMPUTE_DTYPE, Dense
-from .modifiers import Modifiers, at
+from .modifiers import Keys, Modifiers, at
 from .rule import Form, Rule, Scalars, effective_lr
 from .streams import StreamScheduler
 
@@ -59,14 +59,14 @@ class Step:
         self._plans: dict[Any, Plan] = {}
         self._rows: dict[int, tuple[Scalars, mx.array]] = {}
 
-    def plan(self, rule: Rule, group: int | None, w: mx.array, path: str = "", own_step: Any = None) -> Plan:
+    def plan(self, rule: Rule, group: int | None, w: mx.array, keys: Keys = (), own_step: Any = None) -> Plan:
         """The plan for the parameter ``w`` of ``rule``; ``own_step``: its own count of the steps before."""
         if own_step is not None:
-            return self._make(rule, group, w, path, own_step)
-        key = (id(rule), group, w.dtype, path)
+            return self._make(rule, group, w, keys, own_step)
+        key = (id(rule), group, w.dtype, keys)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._make(rule, group, w, path, self.before)
+            plan = self._plans[key] = self._make(rule, group, w, keys, self.before)
         return plan
 
     def row(self, scalars: Scalars) -> mx.array:
@@ -75,9 +75,9 @@ class Step:
             self._rows[id(scalars)] = scalars, scalars.row()  # both: once freed, other scalars could get that id
         return self._rows[id(scalars)][1]
 
-    def _make(self, rule: Rule, group: int | None, w: mx.array, path: str, before: mx.array) -> Plan:
+    def _make(self, rule: Rule, group: int | None, w: mx.array, keys: Keys, before: mx.array) -> Plan:
         m, dtype = self.modifiers, COMPUTE_DTYPE[w.dtype]
-        scale, low, high = (at(scalar, path) for scalar in (m.scale, m.low, m.high))
+        scale, low, high = (at(scalar, keys) for scalar in (m.scale, m.low, m.high))
         apply = None if isinstance(m.apply, bool) else m.apply
         form = rule.form(scaled=scale is not None, clipped=low is not None, gated=apply is not None)
         lr = effective_lr(rule, self.learning_rate(group).astype(dtype), before)

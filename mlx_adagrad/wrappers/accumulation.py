@@ -89,7 +89,7 @@ class GradientAccumulation(Wrapper):
         total = self._own["gradients"].get(name(keys))
         if total is None:
             total = mx.zeros(w.shape, wide_dtype(w))
-        return _add(total, g, at(modifiers.scale, path), at(modifiers.low, path), at(modifiers.high, path))
+        return _add(total, g, at(modifiers.scale, keys), at(modifiers.low, keys), at(modifiers.high, keys))
 
     def _restart(self, totals: dict[str, mx.array], due: mx.array | bool, modifiers: Modifiers) -> None:
         """Keep the sums, or zeros after an update; also for a parameter without a gradient in this call."""
@@ -103,6 +103,6 @@ class GradientAccumulation(Wrapper):
 
 @compiled
 def _add(total: mx.array, g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
-    g = Modifiers(scale, low, high).modified("", g)
+    g = Modifiers(scale, low, high).modified((), g)
     # a complex gradient of a real parameter is for the optimizer inside to refuse
     return total + (g if g.dtype == mx.complex64 else g.astype(total.dtype))

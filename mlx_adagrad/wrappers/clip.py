@@ -51,7 +51,7 @@ class ClipByNorm(Wrapper):
         if self.max_norm and modifiers.apply is not False:
             gradients = reductions.coalesced(self._name, gradients)
             norms = reductions.norms(gradients, modifiers)
-            modifiers = modifiers.scaled({path: _down_to(self.max_norm, norm) for path, norm in norms.items()})
+            modifiers = modifiers.scaled({keys: _down_to(self.max_norm, norm) for keys, norm in norms.items()})
         return super().apply_modified(gradients, parameters, modifiers)
 
 

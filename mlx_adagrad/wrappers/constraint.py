@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Integral
@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 from .. import checks
 from ..groups import Predicate
 from ..leaves import rebuild
-from ..trees import dotted, find, is_absent, present, trainable
+from ..trees import FROZEN, Keys, dotted, existing, find, is_absent, present
 from ..update.accumulators import COMPUTE_DTYPE
 from ..update.modifiers import Modifiers
 from .base import Wrapper
@@ -110,8 +110,8 @@ class Constraint(Wrapper):
             callable from weights to weights.
 
     Raises:
-        ValueError: For an unknown name; before a step for a pattern that matches no parameter, and for a constraint
-            that refuses its weight or changes its shape.
+        ValueError: For an unknown name; before a step for a pattern that matches no parameter, frozen ones included,
+            and for a constraint that refuses its weight or changes its shape.
         TypeError: For what is neither a name nor a callable, and for a pattern that is neither; before a step for a
             constraint that makes no array, or one of a dtype that the weight cannot take.
     """
@@ -121,7 +121,7 @@ class Constraint(Wrapper):
             raise TypeError(f"[{self._name}] 'constraints' must map patterns to constraints but got {constraints!r}.")
         self.constraints = {self._pattern(p): self._function(c) for p, c in constraints.items()}
         self._unmatched = set(self.constraints)
-        self._tried: dict[str, tuple] = {}
+        self._tried: dict[Keys, tuple] = {}
         super().__init__(optimizer)
 
     def _pattern(self, pattern: str | Predicate) -> str | Predicate:
@@ -149,11 +149,12 @@ class Constraint(Wrapper):
     def _constrained(self, keys: tuple, w: mx.array, gradients: dict, modifiers: Modifiers) -> mx.array:
         if is_absent(find(gradients, keys)):
             return w
-        new = self._imposed(dotted(keys), w)
+        new = self._imposed(keys, w)
         return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, w)
 
-    def _imposed(self, path: str, w: mx.array) -> mx.array:
+    def _imposed(self, keys: Keys, w: mx.array) -> mx.array:
         """The weight under the first constraint that matches, checked; lazy."""
+        path = dotted(keys)
         pattern = next((p for p in self.constraints if _matches(p, path, w)), None)
         if pattern is None:
             return w
@@ -171,22 +172,22 @@ class Constraint(Wrapper):
         return new.astype(w.dtype)
 
     def _try(self, gradients: Any, parameters: Any) -> None:
-        """Impose each constraint on the weight before the step, once a path: an error must not come after it."""
+        """Impose each constraint on the weight before the step, once for each: an error must not come after it."""
         for keys, _ in present(gradients):
-            path, w = dotted(keys), find(parameters, keys)
+            w = find(parameters, keys)
             kind = (w.shape, str(w.dtype)) if isinstance(w, mx.array) else None  # a copy cannot take a Dtype
-            if kind is not None and self._tried.get(path) != kind:
-                self._imposed(path, w)
-                self._tried[path] = kind
+            if kind is not None and self._tried.get(keys) != kind:
+                self._imposed(keys, w)
+                self._tried[keys] = kind
 
     def _check_matches(self, parameters: Any) -> None:
-        """A pattern that matches nothing is a mistake; asked until it has matched once."""
+        """A pattern that matches no parameter, frozen ones included, is a mistake; asked until it has matched once."""
         if not self._unmatched:
             return
-        leaves: Iterable[tuple[tuple, mx.array]] = list(trainable(parameters).values())
+        leaves = [(keys, w) for keys, w in existing(parameters) if w.dtype in COMPUTE_DTYPE]
         for pattern in list(self._unmatched) if leaves else ():
             if not any(_matches(pattern, dotted(keys), w) for keys, w in leaves):
-                raise ValueError(f"[{self._name}] the pattern {pattern!r} matches no parameter.")
+                raise ValueError(f"[{self._name}] the pattern {pattern!r} matches no parameter; {FROZEN}.")
             self._unmatched.discard(pattern)
 
 

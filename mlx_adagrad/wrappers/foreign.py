@@ -12,7 +12,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_map
 
 from ..leaves import is_row_sparse, rebuild
-from ..trees import Keys, copied, dotted, find, is_absent, mapped, name, present, pruned
+from ..trees import Keys, copied, dotted, find, is_absent, mapped, present, pruned
 from ..update.modifiers import Modifiers, Scalar
 
 
@@ -21,10 +21,24 @@ def init(optimizer: Optimizer, parameters: Any) -> None:
     if hasattr(optimizer, "apply_modified"):
         optimizer.init(parameters)
     elif isinstance(optimizer, MultiOptimizer):
-        for part, inner in zip(optimizer._split_dictionary(parameters), optimizer.optimizers, strict=True):
+        for part, inner in zip(_split(optimizer, parameters), optimizer.optimizers, strict=True):
             init(inner, part)
     else:
         optimizer.init(tree_map(lambda w: w.astype(mx.float32) if _is_narrow(w) else w, parameters))
+
+
+def _split(optimizer: MultiOptimizer, tree: Any) -> list[Any]:
+    """What each optimizer inside takes of ``tree``: by MLX's rule, but a dict with keys like 0 stays a dict."""
+
+    def chosen(keys: Keys, leaf: Any) -> int:
+        return next(i for i, takes in enumerate(optimizer.filters) if takes(dotted(keys), leaf))
+
+    choice = {keys: chosen(keys, leaf) for keys, leaf in present(tree)}
+
+    def part(i: int) -> Any:
+        return pruned(mapped(lambda keys, leaf: leaf if choice[keys] == i else None, tree))
+
+    return [part(i) for i in range(len(optimizer.optimizers))]
 
 
 def _is_narrow(w: Any) -> bool:
@@ -47,7 +61,7 @@ def apply_modified(optimizer: Optimizer, gradients: Any, parameters: Any, modifi
     inner: Any = optimizer
     if hasattr(inner, "apply_modified"):
         return inner.apply_modified(gradients, parameters, modifiers)
-    weights = {name(keys): _parameter(inner, keys, parameters) for keys, _ in present(gradients)}
+    weights = {keys: _parameter(inner, keys, parameters) for keys, _ in present(gradients)}
     if modifiers.apply is not False:
         apply = _apply_parts if isinstance(inner, MultiOptimizer) else _apply_around
         weights |= apply(inner, gradients, parameters, modifiers)
@@ -67,30 +81,30 @@ def _kept(new: mx.array, old: mx.array, modifiers: Modifiers) -> mx.array:
     return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, old)
 
 
-def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[str, Any]:
+def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[Keys, Any]:
     # part by part: one of them may take the modifiers
-    new: dict[str, Any] = {}
-    parts = optimizer._split_dictionary(pruned(gradients))
+    new: dict[Keys, Any] = {}
+    parts = _split(optimizer, pruned(gradients))
     for part, inner in zip(parts, optimizer.optimizers, strict=True):
         is_idle = getattr(inner, "_is_idle", None)  # ours have it
         if is_idle is not None and is_idle(part):
             continue
         leaves = [keys for keys, _ in present(part)]
-        updated = apply_modified(inner, part, parameters, _only(modifiers, {dotted(keys) for keys in leaves}))
-        new |= {name(keys): find(updated, keys) for keys in leaves}
+        updated = apply_modified(inner, part, parameters, _only(modifiers, {*leaves}))
+        new |= {keys: find(updated, keys) for keys in leaves}
     return new
 
 
-def _only(modifiers: Modifiers, paths: set[str]) -> Modifiers:
-    """The modifiers of the parameters at ``paths``: a norm inside a part knows no others."""
+def _only(modifiers: Modifiers, leaves: set[Keys]) -> Modifiers:
+    """The modifiers of the parameters at ``leaves``: a norm inside a part knows no others."""
 
     def only(scalar: Scalar | None) -> Scalar | None:
-        return {p: x for p, x in scalar.items() if p in paths} if isinstance(scalar, dict) else scalar
+        return {keys: x for keys, x in scalar.items() if keys in leaves} if isinstance(scalar, dict) else scalar
 
     return replace(modifiers, scale=only(modifiers.scale), low=only(modifiers.low), high=only(modifiers.high))
 
 
-def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[str, Any]:
+def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[Keys, Any]:
     seen = mapped(lambda keys, g: _seen(optimizer, keys, g, find(parameters, keys), modifiers), pruned(gradients))
     if any(is_absent(find(optimizer.state, keys)) for keys, _ in present(seen)):
         optimizer.init(seen)  # the optimizer itself asks only once, and there must be an old state to fall back to
@@ -101,7 +115,7 @@ def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifie
             before = copied(optimizer.state)
             new = optimizer.apply_gradients(seen, parameters)
             _select(modifiers.apply, optimizer.state, before)
-    return {name(keys): _kept(find(new, keys), find(parameters, keys), modifiers) for keys, _ in present(seen)}
+    return {keys: _kept(find(new, keys), find(parameters, keys), modifiers) for keys, _ in present(seen)}
 
 
 def _seen(optimizer: Optimizer, keys: Keys, g: Any, w: mx.array, modifiers: Modifiers) -> mx.array:
@@ -116,7 +130,7 @@ def _seen(optimizer: Optimizer, keys: Keys, g: Any, w: mx.array, modifiers: Modi
     dtype = mx.float32 if _is_narrow(w) else w.dtype
     if modifiers.scale is None and modifiers.low is None:
         return g if g.dtype == dtype else g.astype(dtype)
-    return modifiers.modified(dotted(keys), g).astype(dtype)
+    return modifiers.modified(keys, g).astype(dtype)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..leaves import is_row_sparse
 from ..sparse.gradient import RowSparse
-from ..trees import Keys, dotted, mapped, present
+from ..trees import Keys, mapped, present
 from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
 from ..update.rule import SMALLEST_NORMAL
@@ -27,10 +27,10 @@ def global_norm(gradients: Any, modifiers: Modifiers) -> mx.array:
     return _root(mx.sum(mx.stack(sums))) if sums else mx.array(0.0)
 
 
-def norms(gradients: Any, modifiers: Modifiers) -> dict[str, mx.array]:
-    """The 2-norm of each gradient as the update will see it, 0-d fp32, by dotted path."""
+def norms(gradients: Any, modifiers: Modifiers) -> dict[Keys, mx.array]:
+    """The 2-norm of each gradient as the update will see it, 0-d fp32."""
     leaves = present(gradients)
-    return {dotted(keys): _root(_square_sum(keys, g, modifiers)).astype(mx.float32) for keys, g in leaves}
+    return {keys: _root(_square_sum(keys, g, modifiers)).astype(mx.float32) for keys, g in leaves}
 
 
 def all_finite(gradients: Any, modifiers: Modifiers) -> mx.array:
@@ -64,20 +64,19 @@ def _square_sum(keys: Keys, g: mx.array | RowSparse, modifiers: Modifiers) -> mx
 
 
 def _scalars(keys: Keys, modifiers: Modifiers) -> tuple[mx.array | None, ...]:
-    path = dotted(keys)
-    return at(modifiers.scale, path), at(modifiers.low, path), at(modifiers.high, path)
+    return at(modifiers.scale, keys), at(modifiers.low, keys), at(modifiers.high, keys)
 
 
 # compiled: one pass that scales, clips and squares or tests, and one that reduces what it wrote
 @compiled
 def _sum_of_squares(g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
-    g = Modifiers(scale, low, high).modified("", g)
+    g = Modifiers(scale, low, high).modified((), g)
     return _total(mx.square(mx.abs(g) if g.dtype == mx.complex64 else g))
 
 
 @compiled
 def _finite(g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
-    return mx.all(mx.isfinite(Modifiers(scale, low, high).modified("", g)))
+    return mx.all(mx.isfinite(Modifiers(scale, low, high).modified((), g)))
 
 
 def _total(x: mx.array) -> mx.array:

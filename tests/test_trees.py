@@ -1,0 +1,156 @@
+"""How keys are called changes nothing: dots, slashes, digits and the like are for people, not for the code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_adagrad import Adagrad, SparseEmbedding, value_and_grad
+from mlx_adagrad.sparse.gradient import RowSparse
+from mlx_adagrad.trees import find, name, present
+from mlx_adagrad.wrappers import ClipByNorm, Constraint
+from tree_cases import EVERY, OPTIMIZERS, PLAIN, STEPS, drawn, leaves, same, train
+
+# the optimizers of MLX itself take no tuple at the root
+PAIRS = [(kind, tree) for kind in OPTIMIZERS for tree in EVERY if tree != "root" or kind not in ("adam", "multi")]
+keys = st.lists(st.one_of(st.text("a01~/.-'٣", max_size=4), st.integers(-3, 12)), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize(("kind", "tree"), PAIRS)
+def test_keys_change_nothing(kind, tree):
+    place = EVERY[tree]
+    got = train(OPTIMIZERS[kind](), place(*drawn(0)), place, range(STEPS))
+    want = train(OPTIMIZERS[kind](), PLAIN(*drawn(0)), PLAIN, range(STEPS))
+    assert all(same(leaves(place, got), leaves(PLAIN, want)))
+
+
+# ------------------------------------------------------------------ names
+@settings(deadline=None, max_examples=300)
+@given(st.lists(keys.map(tuple), unique_by=lambda k: tuple((type(x), x) for x in k), min_size=2, max_size=6))
+def test_no_two_paths_share_a_name_and_names_survive_mlx(paths):
+    names = [name(path) for path in paths]
+    assert len(set(names)) == len(names)
+    state = {"step": mx.array(1), "averages": {n: mx.array(i) for i, n in enumerate(names)}}
+    again: Any = tree_unflatten(tree_flatten(state))
+    assert list(again["averages"]) == names
+
+
+def test_names_of_plain_paths_are_those_of_version_0_1():
+    assert name(("layers", 0, "weight")) == "/layers/0/weight"
+
+
+# ------------------------------------------------------------------ value_and_grad
+class Towers(nn.Module):
+    def __init__(self, keys: list[Any]):
+        super().__init__()
+        mx.random.seed(1)
+        self.table = SparseEmbedding(5, 2)
+        self.tower: Any = {key: nn.Linear(2, 2) for key in keys}
+        self.tables: Any = {key: [nn.ReLU(), SparseEmbedding(5, 2)] for key in keys}
+
+    def __call__(self, x):
+        y = self.table(x)
+        for key in self.tower:
+            y = self.tower[key](y) + self.tables[key][1](x)
+        return y
+
+
+HARD_KEYS = [["0", "7"], ["user.id", "user"], ["a/b", "~"], ["0", "x"], ["größe", "'"], ["01", "1"], ["", " "]]
+
+
+def loss_of(model, x):
+    return (model(x) ** 2).sum()
+
+
+@pytest.mark.parametrize("exportable", [False, True])
+@pytest.mark.parametrize("names", HARD_KEYS, ids=str)
+def test_value_and_grad_takes_every_model_that_mlx_takes(names, exportable):
+    model, x = Towers(names), mx.array([1, 3, 3])
+    value, grads = value_and_grad(model, lambda x: loss_of(model, x), exportable=exportable)(x)
+    want, dense = nn.value_and_grad(model, lambda x: loss_of(model, x))(x)
+    assert mx.array_equal(value, want)
+    found = list(present(grads))
+    assert [k for k, _ in found] == [k for k, _ in present(dense)]
+    assert sum(isinstance(g, RowSparse) for _, g in found) == 3
+    for k, g in found:
+        assert mx.allclose(g.to_dense() if isinstance(g, RowSparse) else g, find(dense, k), rtol=1e-5), k
+    Adagrad(0.1).update(model, grads)
+
+
+@pytest.mark.parametrize("names", HARD_KEYS, ids=str)
+def test_an_error_of_the_user_is_the_users_and_the_model_is_as_it_was(names):
+    model = Towers(names)
+    before = [id(w) for _, w in present(model.parameters())]
+
+    def fails(x):
+        loss_of(model, x)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        value_and_grad(model, fails)(mx.array([1]))
+    assert [id(w) for _, w in present(model.parameters())] == before
+
+
+# ------------------------------------------------------------------ patterns
+def test_a_path_that_means_two_parameters_is_asked_for_each():
+    w = {"a.b": mx.full((2,), 9.0), "a": {"b": mx.full((3,), 9.0)}}
+    groups = [{"params": lambda path, p: path == "a.b" and p.size == 2, "lr": 5.0}]
+    new: Any = Adagrad(1.0, groups=groups).apply_gradients(w, w)
+    assert new["a.b"][0].item() == pytest.approx(4.0) and new["a"]["b"][0].item() == pytest.approx(8.0)
+    limit = {lambda path, p: path == "a.b" and p.size == 3: lambda p: p * 0}
+    new = Constraint(Adagrad(1.0), limit).apply_gradients(w, w)
+    assert new["a.b"][0].item() == pytest.approx(8.0) and new["a"]["b"][0].item() == 0.0
+
+
+def test_each_gradient_is_clipped_by_its_own_norm():
+    g = {"a.b": mx.array([3.0, 4.0]), "a": {"b": mx.array([0.3, 0.4])}}
+    optimizer = ClipByNorm(Adagrad(0.1), 1.0)
+    optimizer.apply_gradients(g, g)
+    v: Any = optimizer.state["inner"]
+    assert mx.allclose(v["a.b"]["v"], mx.array([0.36, 0.64]))
+    assert mx.allclose(v["a"]["b"]["v"], mx.array([0.09, 0.16]))
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 1)
+        self.body.freeze()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Constraint(Adagrad(0.1), {"body.weight": lambda w: w * 0}),
+        lambda: Adagrad(0.1, groups=[{"params": "body.weight", "lr": 1e-30}]),
+    ],
+    ids=["constraint", "group"],
+)
+def test_a_pattern_of_a_frozen_layer_acts_once_it_is_trained(make):
+    model, optimizer = Frozen(), make()
+    loss = nn.value_and_grad(model, lambda x: model.head(model.body(x)).sum())
+    before = mx.array(model.body.weight)
+    optimizer.update(model, loss(mx.ones((1, 3)))[1])
+    assert mx.array_equal(model.body.weight, before)
+    model.body.unfreeze()
+    optimizer.update(model, loss(mx.ones((1, 3)))[1])
+    constrained = isinstance(optimizer, Constraint)
+    assert mx.array_equal(model.body.weight, mx.zeros_like(before) if constrained else before)
+
+
+def test_a_pattern_that_matches_nothing_at_all_is_still_refused():
+    model = Frozen()
+    grads = nn.value_and_grad(model, lambda x: model.head(model.body(x)).sum())(mx.ones((1, 3)))[1]
+    for optimizer in (
+        Constraint(Adagrad(0.1), {"bodi.*": "non_neg"}),
+        Adagrad(0.1, groups=[{"params": "bodi.*", "lr": 0.2}]),
+    ):
+        with pytest.raises(ValueError, match=r"'bodi.\*' matches no parameter"):
+            optimizer.update(model, grads)
