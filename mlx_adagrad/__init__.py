@@ -2,10 +2,21 @@
 
 from . import old_names as old_names
 from .adagrad import Adagrad
+from .export import export_step, load_step
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .update.accumulators import Dense, RowWise
 
 __version__ = "0.1.0"
 
-__all__ = ["Adagrad", "Dense", "RowSparse", "RowWise", "SparseEmbedding", "value_and_grad", "__version__"]
+__all__ = [
+    "Adagrad",
+    "Dense",
+    "RowSparse",
+    "RowWise",
+    "SparseEmbedding",
+    "export_step",
+    "load_step",
+    "value_and_grad",
+    "__version__",
+]

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+from . import devices
 from .accumulators import Dense, RowWise
 from .rule import Form, Scalars
 from .step import Plan
@@ -31,8 +32,8 @@ GRADIENT_DTYPES = PARAMETER_DTYPES
 
 
 def available() -> bool:
-    """Whether a kernel would run now: Metal is there, and the default device is the GPU."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu
+    """Whether a kernel would run now: Metal is there, and the step is for the GPU."""
+    return devices.has_metal() and devices.on_gpu()
 
 
 def require() -> None:
@@ -40,8 +41,8 @@ def require() -> None:
 
     Without Metal a throw-away launch decides: MLX refuses it, except while it traces an export.
     """
-    if mx.metal.is_available():
-        if mx.default_device() == mx.gpu:
+    if devices.has_metal():
+        if devices.on_gpu():
             return
         reason = "the default device is not the GPU"
     else:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 
+from .devices import on_cpu
 from .rule import SMALLEST_NORMAL, Scalars
 
 # Work on this many elements (a tensor, or a batch of small ones) goes to the stream with the least work; for less it
@@ -17,11 +18,6 @@ PARALLEL_ELEMENTS = 32_768
 CPU_STREAMS = 4
 
 _thread = threading.local()
-
-
-def on_cpu() -> bool:
-    """Whether the default device is the CPU."""
-    return mx.default_device() == mx.cpu
 
 
 class StreamScheduler:
