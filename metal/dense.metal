@@ -4,8 +4,7 @@ uint column = thread_position_in_grid.x * N;
 uint columns = uint(w_shape[w_ndim - 1]);
 long across_w = w_strides[w_ndim - 1], across_g = g_strides[w_ndim - 1], across_v = v_strides[w_ndim - 1];
 ulong blocks = adagrad_blocks(w_shape, w_ndim);
-AdagradScalars s = {
-    scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], !GATED || scalars[6] != 0.0f};
+AdagradScalars s = {lr, eps, weight_decay, scale, low, high, !GATED || apply};
 for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_per_grid.z) {
   uint row = thread_position_in_grid.y;
   long at_w = adagrad_row(row, block, w_shape, w_strides, w_ndim) + column * across_w;

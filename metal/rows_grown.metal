@@ -4,8 +4,7 @@
 uint lane = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;
 uint columns = g_shape[1];
-AdagradScalars s = {
-    scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], !GATED || scalars[6] != 0.0f};
+AdagradScalars s = {lr, eps, weight_decay, scale, low, high, !GATED || apply};
 bool acts = live[row] && s.apply;
 float total = 0.0f;
 for (uint column = lane; column < columns; column += threads_per_grid.x) {

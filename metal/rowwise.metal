@@ -6,8 +6,7 @@ for (int axis = 1; axis < w_ndim; ++axis) {
   columns *= ulong(w_shape[axis]);
 }
 long row_w = long(row) * w_strides[0], row_g = long(row) * g_strides[0];
-AdagradScalars s = {
-    scalars[0], scalars[1], scalars[2], scalars[3], scalars[4], scalars[5], !GATED || scalars[6] != 0.0f};
+AdagradScalars s = {lr, eps, weight_decay, scale, low, high, !GATED || apply};
 float squares = 0.0f;
 for (ulong column = lane; column < columns; column += threads_per_grid.x) {
   float weight = float(w[row_w + adagrad_column(column, w_shape, w_strides, w_ndim)]);

@@ -126,14 +126,13 @@ class Dispatch:
         if isinstance(g, RowSparse) and not options.lazy:
             g = g.coalesce().to_dense()  # in fp32
         if isinstance(g, RowSparse):
-            row = step.row(plan.scalars) if fused else None
-            new = row_ops.update(plan, options.accumulator, w, g, state["v"], row, options.differentiable)
+            new = row_ops.update(plan, options.accumulator, w, g, state["v"], fused, options.differentiable)
         elif not fused:
             new = plan.functions.update(w, g, state["v"], plan.scalars, step.streams)
         elif options.differentiable:
             new = kernels.differentiable_launch(plan, w, g, state["v"])
         else:
-            new = kernels.launch(plan.form, w, g, state["v"], step.row(plan.scalars), plan.v_dtype)
+            new = kernels.launch(plan.form, w, g, state["v"], plan.scalars, plan.v_dtype)
         w, state["v"] = new
         if options.groups.default.step_per_parameter:
             state["step"] = state["step"] + step.counted

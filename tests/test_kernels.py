@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from cases import GPU_DTYPES, assert_near, dtype_pairs, options, run, tensors, to_numpy
 from mlx_adagrad import Adagrad, Dense
-from mlx_adagrad.update import kernels
+from mlx_adagrad.update import kernels, ops
 from mlx_adagrad.update.modifiers import Modifiers
 from reference import adagrad
 
@@ -156,11 +156,8 @@ def test_differentiable_kernel_has_the_derivatives_of_the_rule():
 
 def _derivatives_on_the_host(loss, at, first, second):
     # the host cannot run a kernel on a tracer, so operations stand in for the launch: what is under test is the vjp
-    def launch(form, w, g, v, row, v_dtype=mx.float32):
-        from mlx_adagrad.update import ops
-        from mlx_adagrad.update.rule import Scalars
-
-        return ops.functions(form, Dense(), v_dtype).update(w, g, v, Scalars(*(row[i] for i in range(7))))
+    def launch(form, w, g, v, scalars, v_dtype=mx.float32):
+        return ops.functions(form, Dense(), v_dtype).update(w, g, v, scalars)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "launch", lambda *args: [mx.stop_gradient(x) for x in launch(*args)])

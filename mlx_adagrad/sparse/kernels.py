@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..update import kernels
 from ..update.accumulators import Dense, RowWise
-from ..update.rule import Form, Scalars
+from ..update.rule import KERNEL_SCALARS, Form, Scalars
 
 
 def supports(accumulator: Dense, w: mx.array, values: mx.array) -> bool:
@@ -50,24 +50,22 @@ class Functions:
         accumulator: How ``v`` is stored.
         w_dtype: What the table is stored in.
         v_dtype: What ``v`` is stored in.
-        row: The numbers of the step, ``Scalars.row()``.
     """
 
-    def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype, row: mx.array):
+    def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype):
         self.row_wise = isinstance(accumulator, RowWise)
         self.w_dtype = w_dtype
-        self.row = row
         # a table in fp32 is added to, one in half precision gets new rows
         flags = ("ROW_WISE", self.row_wise), ("ADD_W", w_dtype == mx.float32), ("ADD_V", v_dtype == mx.float32)
         branches = [(name.upper(), value) for name, value in form._asdict().items()]
         self.template = [("W", w_dtype), *flags, *branches]
 
-    def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, _: Scalars) -> mx.array:
+    def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars) -> mx.array:
         """What is written to ``v``, in fp32: g² or its mean over each row, or the new rows in half precision."""
         rows, columns = len(g), g[0].size
-        names = ("v_rows", "w_rows", "g", "live", "scalars")
+        names = ("v_rows", "w_rows", "g", "live", *KERNEL_SCALARS)
         (grown,) = kernels.kernel("rows_grown", names, ("grown",))(
-            inputs=[v_rows.reshape(-1), w_rows.reshape(-1), g.reshape(rows, columns), live.reshape(-1), self.row],
+            inputs=[v_rows.reshape(-1), w_rows.reshape(-1), g.reshape(rows, columns), live.reshape(-1), *s.inputs()],
             template=self.template,
             output_shapes=[(rows,) if self.row_wise else (rows, columns)],
             output_dtypes=[mx.float32],
@@ -76,13 +74,13 @@ class Functions:
         return grown if self.row_wise else grown.reshape(g.shape)
 
     def moved(
-        self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, _: Scalars
+        self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
     ) -> mx.array:
         """What is written to ``w``, given a ``v`` that has grown already, in whose rows ``targets`` it stands."""
         rows, columns = len(g), g[0].size
-        names = ("v", "targets", "w_rows", "g", "live", "scalars")
+        names = ("v", "targets", "w_rows", "g", "live", *KERNEL_SCALARS)
         (moved,) = kernels.kernel("rows_moved", names, ("moved",))(
-            inputs=[v, targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), self.row],
+            inputs=[v, targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), *s.inputs()],
             template=self.template,
             output_shapes=[(rows, columns)],
             output_dtypes=[self.w_dtype],

@@ -22,7 +22,7 @@ def update(
     w: mx.array,
     gradient: RowSparse,
     v: mx.array,
-    row: mx.array | None = None,
+    fused: bool = False,
     differentiable: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """The new ``(w, v)`` of a table; rows that the gradient does not name stay as they are, bit for bit.
@@ -38,19 +38,19 @@ def update(
         w: The table.
         gradient: Its gradient.
         v: Its accumulator.
-        row: The numbers of the step as the Metal kernels take them; None: without kernels.
+        fused: Use the Metal kernels.
         differentiable: Use only what MLX can differentiate.
     """
     v = v.astype(plan.v_dtype)
-    gradient = gradient.coalesced_by(row is not None, differentiable)
+    gradient = gradient.coalesced_by(fused, differentiable)
     if gradient.values.size == 0:
         return w, v
     g = gradient.values.astype(COMPUTE_DTYPE[w.dtype])
-    if row is None and not differentiable and _worth_reading(w, g):
+    if not fused and not differentiable and _worth_reading(w, g):
         read = _read(w, v, gradient)
         if read is not None:
             return _replace(plan, accumulator, w, v, gradient.indices, g, *read)
-    return _add(plan, accumulator, w, v, gradient, g, row, differentiable)
+    return _add(plan, accumulator, w, v, gradient, g, fused, differentiable)
 
 
 def _worth_reading(w: mx.array, g: mx.array) -> bool:
@@ -107,15 +107,13 @@ def _add(
     v: mx.array,
     gradient: RowSparse,
     g: mx.array,
-    row: mx.array | None,
+    fused: bool,
     differentiable: bool,
 ) -> tuple[mx.array, mx.array]:
     """The new ``(w, v)``: first ``v`` grows, then its rows say how ``w`` moves."""
     form, s = plan.form, plan.scalars
-    if row is None:
-        functions: Any = _functions(form, accumulator, w.dtype, plan.v_dtype)
-    else:
-        functions = row_kernels.Functions(form, accumulator, w.dtype, plan.v_dtype, row)
+    make: Any = row_kernels.Functions if fused else _functions
+    functions = make(form, accumulator, w.dtype, plan.v_dtype)
     targets = gradient.targets()
     live = (gradient.indices < gradient.num_rows).reshape(-1, *(1,) * (w.ndim - 1))
     w_rows = v_rows = none = mx.zeros((), g.dtype)

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from . import devices
 from .accumulators import Dense, RowWise
-from .rule import Form, Scalars
+from .rule import KERNEL_SCALARS, Form, Scalars
 from .step import Plan
 
 # MLX's own element-wise kernels: 8 bytes of work for each thread, one element below 65,536 elements
@@ -49,7 +49,7 @@ def require() -> None:
         try:
             zeros = mx.zeros((8,))
             numbers = Scalars(*(mx.zeros(()) for _ in range(3)))
-            launch(Form(*(False for _ in Form._fields)), zeros, zeros, zeros, numbers.row())
+            launch(Form(*(False for _ in Form._fields)), zeros, zeros, zeros, numbers)
             return
         except RuntimeError as error:
             reason = str(error).rstrip(".")
@@ -62,7 +62,7 @@ def supports(accumulator: Dense, w: mx.array, g: Any) -> bool:
 
 
 def launch(
-    form: Form, w: mx.array, g: mx.array, v: mx.array, row: mx.array, v_dtype: mx.Dtype = mx.float32
+    form: Form, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, v_dtype: mx.Dtype = mx.float32
 ) -> tuple[mx.array, mx.array]:
     """Update one tensor in one launch and return the new ``(w, v)``; an empty tensor comes back as it is.
 
@@ -71,7 +71,7 @@ def launch(
         w: Parameter, fp32, fp16 or bf16, of any shape.
         g: Gradient of the same shape.
         v: Accumulator of the same shape, or of one number a row.
-        row: The numbers of the step, ``Scalars.row()``.
+        scalars: The numbers of the step, fp32.
         v_dtype: What the new accumulator is stored in. Default: fp32.
     """
     if w.size == 0:
@@ -86,8 +86,10 @@ def launch(
         template.append(("N", per_thread))
         name, v_shape, where = "dense", shape, grid(shape, per_thread)
     # strided: the gradient of every nn.Linear weight is a transposed view
-    new_w, new_v = kernel(name, ("w", "g", "v", "scalars"), ("new_weights", "new_accumulator"), strided=True)(
-        inputs=[w, g, v, row] if w.ndim else [w.reshape(1), g.reshape(1), v.reshape(1), row],
+    names = ("w", "g", "v", *KERNEL_SCALARS), ("new_weights", "new_accumulator")
+    tensors = (w, g, v) if w.ndim else (w.reshape(1), g.reshape(1), v.reshape(1))
+    new_w, new_v = kernel(name, *names, strided=True)(
+        inputs=[*tensors, *scalars.inputs()],
         template=template,
         output_shapes=[shape, v_shape],
         output_dtypes=[w.dtype, v_dtype],
@@ -146,7 +148,7 @@ def differentiable_launch(plan: Plan, w: mx.array, g: mx.array, v: mx.array) -> 
         return Scalars(**dict(zip(used, values, strict=True)))
 
     def forward(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
-        return launch(plan.form, w, g, v, numbers(values).row(), plan.v_dtype)
+        return launch(plan.form, w, g, v, numbers(values), plan.v_dtype)
 
     def reference(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
         return plan.functions.update(w, g, v, numbers(values))

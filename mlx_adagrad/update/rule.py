@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -105,12 +106,21 @@ class Scalars(NamedTuple):
     apply: Any = None
     tiny: Any = None
 
-    def row(self) -> mx.array:
-        """The numbers as one fp32 array of 7, the form in which a Metal kernel takes them."""
-        unused = (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
-        used = self[: len(unused)]  # a kernel has its own tiny
-        entries = [mx.array(u) if s is None else s.astype(mx.float32) for s, u in zip(used, unused, strict=True)]
-        return mx.stack(entries)
+    def inputs(self) -> list[mx.array]:
+        """The numbers that a Metal kernel takes, each an input of its own: packed into one array they would cost a
+        launch each, since MLX's concatenate is a copy kernel an input.
+        """
+        used = self[: len(KERNEL_SCALARS)]
+        return [unused if s is None else s for s, unused in zip(used, _unused(), strict=True)]
+
+
+KERNEL_SCALARS = Scalars._fields[:-1]  # a kernel has its own tiny
+
+
+@cache
+def _unused() -> tuple[mx.array, ...]:
+    zero, false = mx.array(0.0), mx.array(False)
+    return (zero,) * (len(KERNEL_SCALARS) - 1) + (false,)
 
 
 def effective_lr(rule: Rule, learning_rate: mx.array, step: mx.array) -> mx.array:

@@ -57,7 +57,6 @@ class Step:
         # plans that hold for every parameter of a dtype, where there is nothing else to tell them apart
         self.shared: dict[mx.Dtype, Plan] = {}
         self._plans: dict[Any, Plan] = {}
-        self._rows: dict[int, tuple[Scalars, mx.array]] = {}
 
     def plan(self, rule: Rule, group: int | None, w: mx.array, keys: Keys = (), own_step: Any = None) -> Plan:
         """The plan for the parameter ``w`` of ``rule``; ``own_step``: its own count of the steps before."""
@@ -68,12 +67,6 @@ class Step:
         if plan is None:
             plan = self._plans[key] = self._make(rule, group, w, keys, self.before)
         return plan
-
-    def row(self, scalars: Scalars) -> mx.array:
-        """``scalars`` as the kernels take them, made once for all tensors that share them."""
-        if id(scalars) not in self._rows:
-            self._rows[id(scalars)] = scalars, scalars.row()  # both: once freed, other scalars could get that id
-        return self._rows[id(scalars)][1]
 
     def _make(self, rule: Rule, group: int | None, w: mx.array, keys: Keys, before: mx.array) -> Plan:
         m, dtype = self.modifiers, COMPUTE_DTYPE[w.dtype]
