@@ -676,3 +676,52 @@ def test_the_code_in_the_docs_runs():
     assert not mx.array_equal(scope["rows"].to_dense()[3], mx.zeros((64,)))
     assert (optimizer.state["layers"][0]["weight"]["v"].max(axis=1) > 0).sum().item() == 2
     mx.eval(model.parameters())
+
+
+class InPlaceOfTheTable(nn.Module):
+    """Puts a function of the table in its place while it is looked up in, as a fully sharded module does."""
+
+    def __init__(self, function):
+        super().__init__()
+        mx.random.seed(3)
+        self.inner = SparseEmbedding(5, 3)
+        self.function = function
+
+    def __call__(self, x):
+        table = self.inner.weight
+        self.inner.update({"weight": self.function(table)})
+        try:
+            return self.inner(x)
+        finally:
+            self.inner.update({"weight": table})
+
+
+FUNCTIONS = {
+    "same": lambda w: w,
+    "twice": lambda w: 2 * w,
+    "negative": lambda w: -w,
+    "reversed": lambda w: w[::-1],
+    "constant": mx.stop_gradient,
+    "longer": lambda w: mx.concatenate([w, w]),
+}
+
+
+@pytest.mark.parametrize("exportable", [False, True])
+@pytest.mark.parametrize("wrap", [lambda f: f, mx.compile], ids=["eager", "compiled"])
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_in_the_place_of_a_table_has_its_own_gradient(name, evaluated, wrap, exportable):
+    def gradient(value_and_grad, **options):
+        model = InPlaceOfTheTable(FUNCTIONS[name])
+        if evaluated or wrap is mx.compile:
+            mx.eval(model.parameters())
+
+        def run(x):
+            value, gradients = value_and_grad(model, lambda: (model(x) ** 3).sum(), **options)()
+            g = gradients["inner"]["weight"]
+            return value, g.to_dense() if isinstance(g, RowSparse) else g
+
+        return wrap(run)(mx.array([1, 1, 2]))
+
+    got, want = gradient(value_and_grad, exportable=exportable), gradient(nn.value_and_grad)
+    assert all(mx.allclose(a, b, rtol=1e-6).item() for a, b in zip(got, want, strict=True))

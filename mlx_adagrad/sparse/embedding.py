@@ -180,7 +180,7 @@ def _rehearse(
     dense = {keys for keys, g in present(totals) if keys in tables and tables[keys].is_dense(g)}
     for keys, table in tables.items():
         table.close()
-        table.closed, table.replaced = False, keys in dense
+        table.closed, table.replaced = False, table.replaced or keys in dense
     model.update(before)
     try:
         high, low = key.tolist()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +58,11 @@ class Table:
         self.module["weight"] = self.watched = watched(self.module["weight"])
 
     def look_up(self, weight: mx.array, x: mx.array) -> mx.array:
-        """The rows of the indices ``x``, so that their gradient is recorded."""
+        """The rows of the indices ``x``, so that their gradient is recorded.
+
+        Where ``weight`` is a function of the table, which a module has put in its place, MLX's own gradient is right.
+        """
+        self.replaced = self.replaced or not self._is_table(weight)
         if self.replaced:
             return rows_of(weight, x)
         if self.blocks is not None:
@@ -74,6 +81,16 @@ class Table:
             return zero, zero
 
         return recorded(weight, x)
+
+    def _is_table(self, weight: mx.array) -> bool:
+        """Whether ``weight`` is the table itself, perhaps handed on by ``nn.utils.checkpoint``."""
+        if weight is self.watched or self.watched is None:
+            return True
+        if weight.shape != self.weight.shape or weight.dtype != self.weight.dtype:
+            return False
+        more = set(_operations(weight) - _operations(self.watched))
+        # when a checkpoint computes anew, its inputs depend on all that it computed before
+        return more <= {"Copy"} or ("Depends" in more and bool(self.shapes))
 
     def recorded(self) -> RowSparse:
         """The gradients of all look-ups, one after another."""
@@ -104,6 +121,13 @@ class Table:
         self.closed = True
         self.sparse = None
         self.found.clear()
+
+
+def _operations(array: mx.array) -> Counter[str]:
+    """The operations that an array is yet to be computed by."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, array)
+    return Counter(re.findall(r'label ="(\w+)', graph.getvalue()))
 
 
 def _sparse(indices: Sequence[mx.array], values: Sequence[mx.array], rows: int, columns: int) -> RowSparse:
