@@ -14,7 +14,6 @@ from mlx_adagrad.wrappers import (
     Constraint,
     DynamicLossScale,
     ExponentialMovingAverage,
-    GradientAccumulation,
     LossScale,
     SkipNonFinite,
 )
@@ -102,15 +101,3 @@ def test_rows_are_summed_once_for_all(monkeypatch):
     optimizer = SkipNonFinite(ClipByGlobalNorm(ClipByNorm(Adagrad(0.1), 1.0), 1.0))
     optimizer.apply_gradients(next(batches()), parameters())
     assert calls.count(False) == 1 and len(calls) > 1
-
-
-def test_accumulation_refuses_it_by_name():
-    optimizer = GradientAccumulation(Adagrad(0.1), 2)
-    message = (
-        r"\[GradientAccumulation\] the gradient of 'table' is a RowSparse, which cannot be accumulated; .* to_dense"
-    )
-    with pytest.raises(TypeError, match=message):
-        optimizer.apply_gradients(next(batches()), parameters())
-    assert optimizer.state["_mlx_adagrad"]["calls"].item() == 0
-    train(optimizer, batches(), dense=True)
-    assert optimizer.step.item() == 3

@@ -15,6 +15,7 @@ from .safetensors import Entry, entry_of
 
 SHOWN = 10  # problems that an error message lists
 OWN = "_mlx_adagrad"  # where wrappers keep what is theirs
+SUMS = f".{OWN}.gradients."  # where a GradientAccumulation keeps its sums: of arrays, or of rows in parts
 Structure = Any  # dicts and lists whose leaves are names of arrays, or None
 
 
@@ -65,6 +66,9 @@ def mismatches(saved: Any, live: Any, path: str, fresh: bool = False) -> Iterato
             yield f"'{path}' is {saved} in the file but {entry_of(live)} here"
     elif is_empty(saved) and is_empty(live):
         return
+    elif SUMS in path and (is_row_sum(saved) or is_row_sum(live)):
+        if {*columns(saved)} - {*columns(live)} and not is_empty(live):
+            yield f"'{path}' are sums of rows of other shapes in the file than here"
     elif kind(saved) != kind(live):
         yield f"'{path}' is {kind(saved)} in the file but {kind(live)} here"
     elif isinstance(saved, dict | list):
@@ -116,6 +120,20 @@ def kind(tree: Any) -> str:
 def children(tree: Any) -> dict[Any, Any]:
     """The children of a dict, list or tuple by key."""
     return dict(tree) if isinstance(tree, dict) else dict(enumerate(tree))
+
+
+def is_row_sum(tree: Any) -> bool:
+    """Whether a tree is a sum of row-sparse gradients: the indices and values of one part, or a list of parts."""
+    parts = tree if isinstance(tree, list) else [tree]
+    return all(isinstance(part, dict) and part.keys() == {"indices", "values"} for part in parts)
+
+
+def columns(tree: Any) -> list[tuple[int, ...]]:
+    """The shapes of the rows in a sum of gradients, of arrays or of entries."""
+    if not is_row_sum(tree):
+        return [tuple(tree.shape[1:])]
+    parts = tree if isinstance(tree, list) else [tree]
+    return [tuple(part["values"].shape[len(part["indices"].shape) :]) for part in parts]
 
 
 def is_empty(tree: Any) -> bool:

@@ -9,11 +9,14 @@ from mlx.optimizers import Optimizer
 
 from .. import checks
 from ..leaves import is_row_sparse
+from ..sparse.gradient import RowSparse, canonical
 from ..trees import Keys, dotted, find, mapped, name, present, trainable
 from ..update.accumulators import wide_dtype
 from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
+from . import row_sums
 from .base import Wrapper, read
+from .row_sums import RowSum
 
 
 class GradientAccumulation(Wrapper):
@@ -32,6 +35,8 @@ class GradientAccumulation(Wrapper):
     Raises:
         ValueError: If ``steps`` is below 1, or ``schedule_counts`` neither word.
         TypeError: If ``steps`` is no integer.
+
+    Row-sparse gradients are added up as rows, so that memory grows with the rows named and not with the table.
 
     A call that only accumulates costs one pass over the gradients. In a compiled step, and inside a wrapper that skips
     steps, each call computes an update and selects: whether it is due cannot be asked there.
@@ -64,41 +69,65 @@ class GradientAccumulation(Wrapper):
         calls = self._own["calls"]
         known = read(calls) if modifiers.apply is True else None
         due = (calls + 1) % self.steps == 0 if known is None else (known + 1) % self.steps == 0
-        totals = {name(keys): self._total(keys, g, parameters, modifiers) for keys, g in present(gradients)}
         counted = calls if modifiers.calls is None else modifiers.calls
+        begins = known is not None and known % self.steps == 0
+        leaves = [(keys, g, self._parameter(keys, g, parameters)) for keys, g in present(gradients)]
+        before = {name(keys): self._before(keys, g, w, known is None, begins) for keys, g, w in leaves}
+        totals = {name(keys): self._total(before[name(keys)], keys, g, w, modifiers) for keys, g, w in leaves}
         mean = Modifiers(
             scale=mx.array(1.0 / self.steps),
             apply=modifiers.apply,
             calls=counted if self.schedule_counts == "calls" else None,  # None: the count of updates
         )
-        sums = mapped(lambda keys, _: totals[name(keys)], gradients)
+        weights = {name(keys): w for keys, _, w in leaves}
+        sums = mapped(lambda keys, _: row_sums.as_gradient(totals[name(keys)], weights[name(keys)]), gradients)
         new = super().apply_modified(sums, parameters, mean.gated(due))
-        self._restart(totals, due, modifiers)
+        self._restart(before, totals, due, modifiers)
         # where it is known, a constant: reading it at the next call waits for nothing
         self._keep(modifiers, calls=calls + 1 if known is None else mx.array(known + 1, mx.uint64))
         return new
 
-    def _total(self, keys: Keys, g: Any, parameters: Any, modifiers: Modifiers) -> mx.array:
-        path, w = dotted(keys), find(parameters, keys)
-        if is_row_sparse(self._name, keys, g):
-            what = "RowSparse, which cannot be accumulated; its to_dense() can"
-            raise TypeError(f"[{self._name}] the gradient of '{path}' is a {what}.")
+    def _parameter(self, keys: Keys, g: Any, parameters: Any) -> mx.array:
+        is_row_sparse(self._name, keys, g)  # refuses what is no gradient
+        w = find(parameters, keys)
         if not isinstance(w, mx.array) or w.shape != g.shape:
-            shape = getattr(w, "shape", None)
+            shape, path = getattr(w, "shape", None), dotted(keys)
             raise ValueError(f"[{self._name}] the gradient of '{path}' has shape {g.shape} but the parameter {shape}.")
-        total = self._own["gradients"].get(name(keys))
-        if total is None:
-            total = mx.zeros(w.shape, wide_dtype(w))
-        return _add(total, g, at(modifiers.scale, keys), at(modifiers.low, keys), at(modifiers.high, keys))
+        problem = row_sums.mismatch(self._own["gradients"].get(name(keys)), w)
+        if problem:
+            raise ValueError(f"[{self._name}] the sum of the gradients of '{dotted(keys)}' has {problem}.")
+        return w
 
-    def _restart(self, totals: dict[str, mx.array], due: mx.array | bool, modifiers: Modifiers) -> None:
+    def _before(self, keys: Keys, g: Any, w: mx.array, traced: bool, begins: bool) -> mx.array | RowSum:
+        """The sum of the calls before this one, in the form that it has after this one."""
+        total = self._own["gradients"].get(name(keys))
+        if isinstance(g, RowSparse):
+            total = [] if total is None or begins else total
+            return row_sums.with_room(total, g, w, self.steps) if traced else total
+        if total is None or (begins and row_sums.is_row_sum(total)):
+            return mx.zeros(w.shape, wide_dtype(w))
+        return row_sums.gradient(total, w).to_dense() if row_sums.is_row_sum(total) else total
+
+    def _total(self, before: Any, keys: Keys, g: Any, w: mx.array, modifiers: Modifiers) -> mx.array | RowSum:
+        scale, low, high = at(modifiers.scale, keys), at(modifiers.low, keys), at(modifiers.high, keys)
+        if not isinstance(g, RowSparse):
+            return _add(before, g, scale, low, high)
+        if low is not None:
+            g = g.coalesce()  # what is clipped are the sums of duplicates
+        values = Modifiers(scale, low, high).modified(keys, g.values).astype(wide_dtype(w))
+        rows = RowSparse(canonical(g.indices, g.num_rows), values, g.num_rows)
+        if isinstance(before, mx.array):
+            return before + rows.to_dense()
+        return row_sums.added(before, rows, w) if isinstance(before, dict) else row_sums.extended(before, rows, w)
+
+    def _restart(self, before: dict, totals: dict, due: mx.array | bool, modifiers: Modifiers) -> None:
         """Keep the sums, or zeros after an update; also for a parameter without a gradient in this call."""
         sums = self._own["gradients"]
         for key, total in {**sums, **totals}.items():
-            zeros = mx.zeros_like(total)
-            kept = mx.where(due, zeros, total) if isinstance(due, mx.array) else zeros if due else total
-            held = isinstance(modifiers.apply, mx.array)
-            sums[key] = mx.where(modifiers.apply, kept, sums.get(key, zeros)) if held else kept
+            kept = row_sums.emptied(total, due)
+            if isinstance(modifiers.apply, mx.array):
+                kept = row_sums.selected(modifiers.apply, kept, before.get(key, total))
+            sums[key] = kept
 
 
 @compiled

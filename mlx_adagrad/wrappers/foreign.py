@@ -62,9 +62,13 @@ def apply_modified(optimizer: Optimizer, gradients: Any, parameters: Any, modifi
     if hasattr(inner, "apply_modified"):
         return inner.apply_modified(gradients, parameters, modifiers)
     weights = {keys: _parameter(inner, keys, parameters) for keys, _ in present(gradients)}
-    if modifiers.apply is not False:
-        apply = _apply_parts if isinstance(inner, MultiOptimizer) else _apply_around
-        weights |= apply(inner, gradients, parameters, modifiers)
+    if isinstance(inner, MultiOptimizer):
+        weights |= _apply_parts(inner, gradients, parameters, modifiers)
+    elif modifiers.apply is False:
+        for keys, g in present(gradients):
+            _refuse_rows(inner, keys, g)
+    else:
+        weights |= _apply_around(inner, gradients, parameters, modifiers)
     return rebuild(gradients, parameters, iter(weights.values()))
 
 
@@ -123,14 +127,18 @@ def _seen(optimizer: Optimizer, keys: Keys, g: Any, w: mx.array, modifiers: Modi
 
     In fp32 also where nothing was scaled: the optimizer's state takes the dtype of what it sees.
     """
-    owner = type(optimizer).__name__
-    if is_row_sparse(owner, keys, g):
-        only = "a RowSparse, which only mlx_adagrad.Adagrad takes"
-        raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' is {only}.")
+    _refuse_rows(optimizer, keys, g)
     dtype = mx.float32 if _is_narrow(w) else w.dtype
     if modifiers.scale is None and modifiers.low is None:
         return g if g.dtype == dtype else g.astype(dtype)
     return modifiers.modified(keys, g).astype(dtype)
+
+
+def _refuse_rows(optimizer: Optimizer, keys: Keys, g: Any) -> None:
+    owner = type(optimizer).__name__
+    if is_row_sparse(owner, keys, g):
+        only = "a RowSparse, which only mlx_adagrad.Adagrad takes; its to_dense() can be used"
+        raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' is {only}.")
 
 
 @contextmanager

@@ -53,7 +53,23 @@ def check_own(owner: str, own: Any, fresh: dict[str, Any], current: dict[str, An
             raise TypeError(f"[{owner}] {key!r} of the state must be a dict but got {type(value).__name__}.")
         else:
             for name, leaf in value.items():
-                _check_array(owner, f"{key!r} {name!r}", leaf, current[key].get(name))
+                _check_leaf(owner, f"{key!r} {name!r}", leaf, current[key].get(name))
+
+
+def _check_leaf(owner: str, what: str, value: Any, like: Any) -> None:
+    """Raise for what is neither an array like the one that is there nor a sum of rows; see ``row_sums``."""
+    if not isinstance(value, dict | list):
+        return _check_array(owner, what, value, like if isinstance(like, mx.array) else None)
+    for part in value if isinstance(value, list) else [value]:
+        if not isinstance(part, dict) or part.keys() != {"indices", "values"}:
+            raise TypeError(f"[{owner}] {what} of the state must be an array, or 'indices' and 'values' of rows.")
+        for array in part.values():
+            _check_array(owner, what, array, None)
+        indices, values = part["indices"], part["values"]
+        columns = like.shape[1:] if isinstance(like, mx.array) else values.shape[indices.ndim :]
+        if indices.dtype != mx.int32 or values.shape != (*indices.shape, *columns):
+            shapes = f"{indices.dtype} {indices.shape} and values {values.shape}, which do not fit"
+            raise ValueError(f"[{owner}] {what} of the state has indices {shapes}.")
 
 
 def _check_array(owner: str, what: str, value: Any, like: mx.array | None) -> None:
