@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ Matched: TypeAlias = "dict[str, tuple[Key, tuple[int, ...] | None]]"  # our path
 # torch.compile, FSDP and checkpoint_wrapper insert these; "module." of DataParallel is an ordinary shared prefix
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LARGEST_RATE = 3.4e38  # of fp32
+FEW = 6
 V, AVERAGE, GRADIENT = "v", "average", "gradient"  # the kinds of arrays that go with a parameter
 
 
@@ -71,11 +73,13 @@ def match(theirs: Iterable[Key], ours: Iterable[str], names: Names | None) -> Ma
             raise ValueError(f"it has {len(theirs)} parameters ({few(theirs)}) for {len(names)} here ({few(names)})")
         names = {key: path for key, path in zip(theirs, names, strict=True) if path is not None}
     matched: Matched = {}
+    known_there, known_here = set(theirs), set(ours)
     for key, value in names.items():
         path, axes = (value, None) if isinstance(value, str) else value
-        for name, known, whose in ((key, theirs, "in the file"), (path, ours, "of the optimizer")):
-            if name not in known:
-                raise ValueError(f"'names' has {name!r}, which is no parameter {whose} ({few(known)})")
+        if key not in known_there:
+            raise ValueError(f"'names' has {key!r}, which is no parameter in the file ({few(theirs)})")
+        if path not in known_here:
+            raise ValueError(f"'names' has {path!r}, which is no parameter of the optimizer ({few(ours)})")
         if path in matched:
             raise ValueError(f"'names' has {path!r} twice")
         matched[path] = key, None if axes is None else tuple(axes)
@@ -92,14 +96,14 @@ def matching_names(theirs: list[Key], ours: list[str]) -> dict[Key, str]:
         ValueError: If any name on either side has no counterpart: the order may not stand in for a name.
     """
     plain = [_without_wrappers(key) for key in theirs]
-    shortened = [(plain[:], ours), *((_from(plain, n), ours) for n in range(1, _shared(plain) + 1))]
-    shortened += [(plain, _from(ours, n)) for n in range(1, _shared(ours) + 1)]
-    there, here = max([(theirs, ours), *shortened], key=lambda pair: len({*pair[0]} & {*pair[1]}))
-    if set(there) == set(here) and len(set(there)) == len(there):
-        path_of = dict(zip(here, ours, strict=True))
+    deeper = _depth(plain) - _depth(ours)
+    there = _from(plain, deeper) if 0 < deeper <= _shared(plain) else theirs if deeper > 0 else plain
+    here = _from(ours, -deeper) if 0 < -deeper <= _shared(ours) else ours
+    path_of, known = dict(zip(here, ours, strict=True)), Counter(there)
+    if known.keys() == path_of.keys() and len(known) == len(there):
         return {key: path_of[name] for key, name in zip(theirs, there, strict=True)}
-    extra = [key for key, name in zip(theirs, there, strict=True) if name not in here or there.count(name) > 1]
-    lacking = [path for path, name in zip(ours, here, strict=True) if name not in there]
+    extra = [key for key, name in zip(theirs, there, strict=True) if name not in path_of or known[name] > 1]
+    lacking = [path for name, path in path_of.items() if name not in known]
     raise ValueError(
         f"its names of parameters are not those here: only in the file: {few(extra) or 'none'}; "
         f"only here: {few(lacking) or 'none'}. Say which is which with 'names': {{theirs: ours, ...}} may leave out "
@@ -115,20 +119,23 @@ def _without_wrappers(key: Key) -> Key:
     return ".".join([part for part in parts[:-1] if part not in WRAPPERS] + parts[-1:])
 
 
+def _depth(names: list[Key]) -> int:
+    return max((name.count(".") for name in names if isinstance(name, str)), default=0)
+
+
 def _shared(names: list[Key]) -> int:
     """How many leading parts all names have in common."""
     if not names or not all(isinstance(name, str) for name in names):
         return 0
-    parents = [name.split(".")[:-1] for name in names]
-    columns = itertools.takewhile(lambda column: len({*column}) == 1, zip(*parents, strict=False))
-    return sum(1 for _ in columns)
+    first, last = (name.split(".")[:-1] for name in (min(names), max(names)))  # all others lie between them
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
 
 
 def _from(names: list[Key], count: int) -> list[Key]:
-    return [".".join(name.split(".")[count:]) for name in names]
+    return [name.split(".", count)[-1] for name in names]
 
 
 def few(names: Iterable[Any]) -> str:
     """Some of many names, for an error message."""
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
+    some = list(itertools.islice(names, FEW + 1))
+    return ", ".join(f"{name!s:.80}" for name in some[:FEW]) + (", ..." if len(some) > FEW else "")
