@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,14 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..trees import copied, fill
 from . import export, sources, trees
 from .foreign import Foreign, Key, Names, V
 from .install import Live, install
 from .safetensors import Entry, entry_of
 
 MAX_DEPTH = 100
+HOLES = 100  # places without a tensor, for each tensor, that lists of a new state may have
 STOCK = {"lr_decay": 0.0, "weight_decay": 0.0, "maximize": False}
 
 
@@ -37,10 +40,16 @@ def import_mlx(source: Any, optimizer: Optimizer, names: Names | None = None) ->
     flat = dict(tree_flatten(source)) if isinstance(source, Mapping) else source
     with sources.naming(source), sources.opened(flat) as entries:
         live, foreign = Live(optimizer), _read(entries)
-        if not live.slots and names is None:
+        if live.slots or names is not None:
+            install(live, foreign, names)
+            return
+        before = copied(live.adagrad.state)
+        try:
             foreign = _begin(live, foreign)
-            live = Live(optimizer)
-        install(live, foreign, names)
+            install(Live(optimizer), foreign, names)
+        except BaseException:
+            fill(live.adagrad.state, before)
+            raise
 
 
 def export_mlx(
@@ -72,10 +81,29 @@ def export_mlx(
 
 def _begin(live: Live, foreign: Foreign) -> Foreign:
     """Give an optimizer without state that of the file, as it is."""
+    _check_lists(foreign.tensors)
     states = {path: kinds[V].read() for path, kinds in foreign.tensors.items()}
     mx.eval(states)
     trees.fill(live.adagrad.state, tree_unflatten([(f"{path}.{V}", v) for path, v in states.items()]))
     return replace(foreign, tensors={path: {V: entry_of(v)} for path, v in states.items()})
+
+
+def _check_lists(paths: Iterable[str]) -> None:
+    """Refuse indices far beyond the number of tensors: a list is made as long as its largest index."""
+    longest: dict[str, int] = {}
+    paths = list(paths)
+    for path in paths:
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            with suppress(ValueError):
+                above = ".".join(parts[:i])
+                longest[above] = max(longest.get(above, 0), int(part))
+    if sum(longest.values()) > HOLES * (len(paths) + 10):
+        where, index = max(longest.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"the index {index} under '{where:.80}' is far beyond its {len(paths)} tensors: if it is right, call "
+            "optimizer.init(model.trainable_parameters()) first"
+        )
 
 
 def _read(entries: dict[str, Entry]) -> Foreign:

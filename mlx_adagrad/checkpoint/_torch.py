@@ -121,7 +121,7 @@ def _read(state: Any) -> Foreign:
             tensors[label] = {V: sources.entry(f"'sum' of {label!r:.40}", own["sum"])} if own else {}
             steps[label] = int(sources.number("step", own["step"])) if own else 0
             rates[label] = sources.number("lr", group["lr"])
-            options[label] = {key: group[key] for key in OPTIONS if key in group}
+            options[label] = {key: sources.plain(key, group[key]) for key in OPTIONS if key in group}
     if not tensors:
         raise ValueError("it has no parameters")
     nowhere = state["state"].keys() - {index for group in _groups(state) for index in group["params"]}

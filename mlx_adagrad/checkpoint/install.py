@@ -82,6 +82,7 @@ class Place(NamedTuple):
     key: str
     entry: Entry
     axes: tuple[int, ...] | None
+    is_v: bool
 
     def problem(self) -> str | None:
         """What keeps the entry from going there, in words."""
@@ -106,6 +107,14 @@ class Place(NamedTuple):
             return array.astype(self.holder[self.key].dtype)
 
 
+    def is_sound(self, value: mx.array) -> mx.array:
+        """Whether a run can have got to this value; from others it would go on to NaN."""
+        parts = [mx.real(value), mx.imag(value)] if value.dtype == mx.complex64 else [value]
+        if self.is_v:  # it may have overflowed in half precision
+            return mx.all(mx.stack([(part >= 0).all() for part in parts]))
+        return mx.isfinite(value).all()
+
+
 def install(live: Live, foreign: Foreign, names: Names | None, strict: bool = True) -> Matched:
     """Put another framework's checkpoint into the live state in place, all of it or, with an error, nothing.
 
@@ -126,19 +135,30 @@ def install(live: Live, foreign: Foreign, names: Names | None, strict: bool = Tr
     new += [(own, key, number) for kind, key, number in foreign.counters if (own := live.own(kind)) is not None]
     new += [(place.holder, place.key, place.value()) for place in places]
     mx.eval([array for _, _, array in new])
+    _check_values(places, [array for _, _, array in new[-len(places) :]])
     for holder, key, array in new:
         holder[key] = array
     return matched
+
+
+def _check_values(places: list[Place], values: list[mx.array]) -> None:
+    with mx.stream(mx.cpu):
+        sound = [place.is_sound(value) for place, value in zip(places, values, strict=True)]
+        mx.eval(sound)
+    for place, one in zip(places, sound, strict=True):
+        if not one.item():
+            wanted = "a sum of squares" if place.is_v else "finite"
+            raise ValueError(f"what the file has for '{place.path}' is not {wanted}: it is damaged")
 
 
 def _places(live: Live, foreign: Foreign, path: str, key: Any, axes: Any) -> Iterator[Place]:
     keys, state = live.slots[path]
     for kind, entry in foreign.tensors[key].items():
         holder, where = (state, V) if kind == V else (live.kept[kind], name(keys))
-        yield Place(path, holder, where, entry, axes)
+        yield Place(path, holder, where, entry, axes, kind == V)
     if V not in foreign.tensors[key]:
         initial = live.adagrad.accumulator.init(state[V], live.adagrad.rule.initial_accumulator_value)
-        yield Place(path, state, V, entry_of(initial), None)
+        yield Place(path, state, V, entry_of(initial), None, True)
 
 
 def _option_problems(live: Live, foreign: Foreign, matched: Matched) -> Iterator[str]:

@@ -39,6 +39,8 @@ BY_NAME = {str(dtype).removeprefix("mlx.core."): dtype for dtype in safetensors.
 MAX_NPY_HEADER = 10_000  # numpy's own limit
 # What zipfile makes of a damaged archive; a seek to where there is nothing is an OSError.
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, OverflowError)
+# what else a damaged file may bring about in a library that reads it, std::bad_alloc of MLX for one
+UNREADABLE = (RuntimeError, OverflowError, MemoryError)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy's
 
 
@@ -65,14 +67,16 @@ def entry(name: str, array: Any) -> Entry:
     Raises:
         ValueError: If it is none of them.
     """
+    if type(array) is int and not -(2**63) <= array < 2**63:
+        raise ValueError(f"{name} is too large: an integer of {array.bit_length()} bits")
     if type(array) in (int, float):
         return entry_of(mx.array(array, mx.int64 if isinstance(array, int) else mx.float64))
     if isinstance(array, mx.array):
         return entry_of(array)
     dtype = BY_NAME.get(re.split(r"[.']", str(getattr(array, "dtype", "")).rstrip("'>"))[-1].lower())
     if dtype is None or not hasattr(array, "shape"):
-        raise ValueError(f"{name} is no array: {str(type(array))[:80]}")
-    shape = tuple(int(n) for n in array.shape)
+        raise ValueError(f"{name} is no array of numbers: {getattr(array, 'dtype', type(array))!s:.80}")
+    shape = tuple(int(n) for n in array.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
     def read() -> mx.array:
         try:
@@ -90,7 +94,7 @@ def _numpy(array: Any, dtype: mx.Dtype) -> Any:
         array = array.detach().cpu()
     if dtype == mx.bfloat16 and hasattr(array, "float"):  # numpy has no bfloat16; float32 holds every one
         array = array.float()
-    array = np.asarray(array.asnumpy() if hasattr(array, "asnumpy") else array)
+    array = np.asarray(array.asnumpy() if hasattr(array, "asnumpy") else array, order="C")  # MLX: no negative strides
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
@@ -163,11 +167,17 @@ def number(name: str, value: Any) -> float:
     return result
 
 
+def plain(name: str, value: Any) -> Any:
+    """A hyperparameter as a Python number, also where it is an array; what is no number raises ValueError."""
+    return value if isinstance(value, bool) else number(name, value)
+
+
 @contextmanager
 def naming(source: Any) -> Iterator[None]:
     """What is wrong with a file is said with its name."""
     what = f"'{os.fsdecode(source)}'" if isinstance(source, str | os.PathLike) else "the state"
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"[checkpoint] {what} cannot be imported: {error}.") from error
+    except (ValueError, *UNREADABLE) as error:
+        said = str(error) or type(error).__name__
+        raise ValueError(f"[checkpoint] {what} cannot be imported: {said}.") from error

@@ -82,13 +82,16 @@ def load(
         problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
         for name, tree in live.items():
             problems += trees.mismatches(saved[name], tree, name)
+        problems += trees.surplus(saved["model"], live.get("model"), "model")
         if problems:
             raise ValueError(trees.listed(problems))
         new = trees.read({name: saved[name] for name in live})
         mx.eval(new)
+        if isinstance(model, Module):  # in the module's own structure, so that nothing can be refused below
+            trees.fill(live["model"], new["model"])
     trees.fill(live["optimizer"], new["optimizer"])
     if isinstance(model, Module):
-        model.update(new["model"])
+        model.update(live["model"])
     elif model is not None:
         trees.fill(model, new["model"])
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
@@ -84,6 +85,17 @@ def mismatches(saved: Any, live: Any, path: str, fresh: bool = False) -> Iterato
                 yield f"the file has '{name}', which is not known here"
 
 
+def surplus(saved: Any, live: Any, path: str) -> Iterator[str]:
+    """Places without arrays (a layer without parameters) that the saved tree has and the live one has not."""
+    if isinstance(saved, dict | list) and isinstance(live, dict | list | tuple) and kind(saved) == kind(live):
+        here = children(live)
+        for key, child in children(saved).items():
+            if key in here:
+                yield from surplus(child, here[key], f"{path}.{key}")
+            elif is_empty(child):
+                yield f"the file has '{path}.{key}' (no parameters), which is not known here"
+
+
 def fill(live: Any, new: Any) -> Any:
     """``live`` with the arrays of ``new`` in it: dicts and lists stay, since compiled steps hold them."""
     if isinstance(live, dict) and isinstance(new, dict):
@@ -93,7 +105,7 @@ def fill(live: Any, new: Any) -> Any:
         for i, child in enumerate(new):
             live[i : i + 1] = [fill(live[i] if i < len(live) else None, child)]
     elif isinstance(live, tuple) and isinstance(new, list):
-        return tuple(fill(old, child) for old, child in zip(live, new, strict=True))
+        return tuple(fill(old, child) for old, child in zip_longest(live, new[: len(live)]))
     else:
         return live if live is not None and is_empty(new) else new
     return live
