@@ -5,6 +5,7 @@ from .adagrad import Adagrad
 from .export import export_step, load_step
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
+from .sparse.trainers import sparse_gradients
 from .update.accumulators import Dense, RowWise
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "SparseEmbedding",
     "export_step",
     "load_step",
+    "sparse_gradients",
     "value_and_grad",
     "__version__",
 ]

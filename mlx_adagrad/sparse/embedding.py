@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.utils import value_and_grad as stock_value_and_grad  # as it is before anybody puts ours in its place
 
 from ..trees import Keys, children, find, mapped, present
 from ..update import streams
@@ -39,8 +40,12 @@ class SparseEmbedding(nn.Embedding):
         return embedding  # type: ignore[return-value]
 
     def __call__(self, x: mx.array) -> mx.array:
-        """The rows of the indices ``x``, an integer array of any shape."""
-        x = mx.stop_gradient(mx.array(x))  # mx.checkpoint asks for a gradient of indices too
+        """The rows of the indices ``x``, an integer array of any shape.
+
+        Raises:
+            TypeError: If ``x`` holds no integers.
+        """
+        x = mx.stop_gradient(indices("SparseEmbedding", x))  # mx.checkpoint asks for a gradient of indices too
         table = table_of(self)
         return rows_of(self["weight"], x) if table is None else table.look_up(self["weight"], x)
 
@@ -49,6 +54,15 @@ class SparseEmbedding(nn.Embedding):
         if table is not None:
             table.replaced = True
         super().__setattr__(key, val)
+
+
+def indices(owner: str, x: Any, name: str = "x") -> mx.array:
+    """``x`` as an array, which must hold integers."""
+    x = x if isinstance(x, mx.array) else mx.array(x)
+    if not mx.issubdtype(x.dtype, mx.integer):
+        fix = "cast it by astype(mx.int32)" if x.size else "an empty array needs a dtype, mx.array([], mx.int32)"
+        raise TypeError(f"[{owner}] '{name}' must hold integers, the numbers of rows, but is {x.dtype}: {fix}.")
+    return x
 
 
 def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) -> Callable:
@@ -73,7 +87,15 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
     Returns:
         A callable with the arguments of ``fn`` that returns its value and the gradients. It raises a RuntimeError while
         another thread differentiates the same table.
+
+    Raises:
+        TypeError: If ``model`` is no module or ``fn`` no function.
     """
+    if not isinstance(model, nn.Module):
+        order = ": the model comes first, value_and_grad(model, fn)" if isinstance(fn, nn.Module) else ""
+        raise TypeError(f"[value_and_grad] 'model' must be an mlx.nn.Module but got {type(model).__name__}{order}.")
+    if not callable(fn):
+        raise TypeError(f"[value_and_grad] 'fn' must be a function but got {type(fn).__name__}.")
 
     @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -91,7 +113,7 @@ def _value_and_grad(
     before = [*present(parameters)]
     tables = {keys: Table(modules[keys]) for keys, _ in before if keys in modules}  # in the order of the tree
     if not tables:
-        return nn.value_and_grad(model, fn)(*args, **kwargs)
+        return stock_value_and_grad(model, fn)(*args, **kwargs)
     with watching(tables) as outermost:
         try:
             if exportable:
