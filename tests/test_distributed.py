@@ -1,0 +1,102 @@
+"""Training in several processes over MLX's ring on this machine equals training in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_adagrad import RowSparse, SparseEmbedding
+from mlx_adagrad.distributed import average_gradients, shard_embedding
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120  # a run that hangs has failed
+
+# one at a time: several rings at once would only wait for each other
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def start(ranks: int, folder: Path, *arguments: object) -> list[subprocess.Popen]:
+    """The processes of a run over a ring on 127.0.0.1."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests" / "distributed_runs.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": path, "MLX_HOSTFILE": str(hosts)}
+    return [
+        subprocess.Popen(
+            command,
+            env={**environment, "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """(exit code, output) of each process; those that take too long are killed."""
+    results = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=SECONDS)
+            results.append((process.returncode, output))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+    return results
+
+
+SCENARIOS = ["data_parallel", "other_numbers_of_rows", "compiled", "sharded_table"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_processes_together_equal_one(ranks, tmp_path):
+    for code, output in finish(start(ranks, tmp_path, ",".join(SCENARIOS))):
+        assert code == 0 and output.splitlines() == [f"{name} held" for name in SCENARIOS], output
+
+
+def test_one_process_needs_no_exchange():
+    tree = {"a": RowSparse(mx.array([1]), mx.ones((1, 2)), 3), "b": mx.ones(2)}
+    assert average_gradients(tree) is tree
+
+
+@pytest.mark.parametrize("change", [{"equal_rows": 1}, {"sharded": 3}])
+def test_bad_arguments(change):
+    with pytest.raises(TypeError, match=f"'{next(iter(change))}' must be"):
+        average_gradients({"a": mx.ones(2)}, **change)
+
+
+def test_a_table_of_one_process_is_whole():
+    embedding = SparseEmbedding(5, 3)
+    sharded = shard_embedding(embedding)
+    x = mx.array([[0, 4], [-1, 5]])
+    assert mx.array_equal(sharded(x), embedding(x))
+    assert sharded.num_embeddings == 5 and list(sharded.parameters()) == ["weight"]
+    with pytest.raises(ValueError, match="as_linear needs the whole table"):
+        sharded.as_linear(mx.ones((1, 3)))
+
+
+def test_what_cannot_be_sharded():
+    with pytest.raises(TypeError, match="can be sharded, not QuantizedEmbedding"):
+        shard_embedding(nn.QuantizedEmbedding(32, 64))  # type: ignore[arg-type]
