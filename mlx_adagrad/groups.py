@@ -156,7 +156,7 @@ class Groups:
         entries.extend({} for _ in self.groups[len(entries) :])
         for group, entry in zip(self.groups, entries, strict=True):
             if group.lr is not None and "learning_rate" not in entry:
-                entry["learning_rate"] = group.lr(state["step"]) if callable(group.lr) else group.lr
+                entry["learning_rate"] = rates.starting(group.lr, state["step"])
         return entries
 
     def check_matches(self, parameters: Any) -> None:

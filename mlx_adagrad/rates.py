@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from . import checks
+from .update.tracing import evaluate
 
 Schedule: TypeAlias = Callable[[mx.array], mx.array]
 LearningRate: TypeAlias = "float | mx.array | Callable[..., Any] | Mapping[str, Any]"
@@ -34,7 +35,16 @@ def parse(owner: str, name: str, value: Any) -> mx.array | Schedule:
         value = schedules.from_keras(value)
     if callable(value):
         return _schedule(owner, name, value)
-    return as_array(owner, name, value)
+    array = as_array(owner, name, value)
+    evaluate(array, wait=False)  # a lazy array could be used on this thread only
+    return array
+
+
+def starting(rate: mx.array | Schedule, step: mx.array) -> mx.array:
+    """The learning rate that an optimizer shows before its next step, which may be made on another thread."""
+    array = rate(step) if callable(rate) else rate
+    evaluate(array, wait=False)
+    return array
 
 
 def as_array(owner: str, name: str, value: Any) -> mx.array:

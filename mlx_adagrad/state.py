@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from .groups import Groups
 from .leaves import Leaf, Leaves
-from .rates import Schedule
+from .rates import Schedule, starting
 from .trees import slot
 from .update.accumulators import Dense
 from .update.modifiers import Modifiers
@@ -62,12 +62,12 @@ class State:
         self.schedules.pop("learning_rate", None)
         if callable(rate):
             self.schedules["learning_rate"] = rate
-        self.tree["learning_rate"] = rate(self.step) if callable(rate) else rate
+        self.tree["learning_rate"] = starting(rate, self.step)
 
     def set_group_rate(self, group: int) -> None:
         """Write the learning rate that a group has got, as its schedule has it at this step."""
         rate: Any = self.groups.groups[group].lr
-        self.groups.states(self.tree)[group]["learning_rate"] = rate(self.step) if callable(rate) else rate
+        self.groups.states(self.tree)[group]["learning_rate"] = starting(rate, self.step)
 
     def scheduled_rates(self, modifiers: Modifiers) -> list[Entry]:
         """Where each schedule writes, and what; a schedule may raise, so nothing is written yet."""

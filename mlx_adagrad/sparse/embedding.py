@@ -12,7 +12,9 @@ from mlx.nn.utils import value_and_grad as stock_value_and_grad  # as it is befo
 
 from ..trees import Keys, children, find, mapped, present
 from ..update import streams
-from .gradient import RowSparse, evaluate
+from ..update.compiled import clear_at_the_end
+from ..update.tracing import evaluate
+from .gradient import RowSparse
 from .look_ups import Table, by_module, owned, rows_of, table_of, watching
 
 
@@ -196,6 +198,7 @@ def _rehearse(
     model: nn.Module, fn: Callable, parameters: dict, tables: dict[Keys, Table], args: Any, kwargs: Any
 ) -> dict[Keys, Table]:
     """Run once, evaluate nothing, undo what changed, and return the tables with a sparse gradient."""
+    clear_at_the_end()  # reading the random state makes one for this thread
     random_state: Any = mx.random.state
     before, key = model.parameters(), random_state[0]
     _, totals = _differentiate(model, fn, parameters, tables, args, kwargs)

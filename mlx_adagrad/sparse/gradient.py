@@ -274,18 +274,3 @@ def add_rows(table: mx.array, targets: mx.array, rows: mx.array, differentiable:
     if differentiable or devices.on_gpu() or table.dtype != mx.float32 or rows.ndim < 2 or rows.shape[-1] % 2:
         return table.at[targets].add(rows)
     return table.view(mx.complex64).at[targets].add(rows.view(mx.complex64)).view(mx.float32)
-
-
-def evaluate(tree: Any, wait: bool = True) -> bool:
-    """Evaluate the arrays of a tree, or only start to, unless something is tracing (``mx.compile``, ``vmap``, export);
-    tells whether.
-    """
-    try:
-        mx.eval(tree) if wait else mx.async_eval(tree)
-        return True
-    except ValueError:
-        pass  # a traced value; what else may be wrong shows when the result is evaluated
-    except RuntimeError as error:  # a traced value that mx.value_and_grad has taken the mark of
-        if "array without a primitive" not in str(error):
-            raise
-    return False

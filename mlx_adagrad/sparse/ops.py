@@ -12,8 +12,9 @@ from ..update.accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
 from ..update.compiled import compiled
 from ..update.rule import Form, Scalars
 from ..update.step import Plan
+from ..update.tracing import evaluate
 from . import kernels as row_kernels
-from .gradient import RowSparse, add_rows, assign_rows, evaluate, put_rows
+from .gradient import RowSparse, add_rows, assign_rows, put_rows
 
 
 def update(

@@ -11,8 +11,9 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..configurable import Configurable
 from ..rates import LearningRate
-from ..trees import fill
+from ..trees import existing, fill
 from ..update.modifiers import UNMODIFIED, Modifiers
+from ..update.tracing import evaluate
 from . import foreign
 from .states import check_own, check_roots, refuse_inside
 
@@ -40,6 +41,8 @@ class Wrapper(Configurable, Optimizer):
         super().__init__()
         self.optimizer = optimizer
         self._state = {"inner": optimizer.state, OWN: self._fresh()}
+        # MLX's own leave a scheduled rate lazy, and a step that is held back on another thread would read it
+        evaluate([number for _, number in existing(optimizer.state) if number.ndim == 0], wait=False)
 
     def _fresh(self) -> dict[str, Any]:
         """The wrapper's own entries of the state before the first step."""
