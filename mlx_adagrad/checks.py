@@ -1,20 +1,71 @@
-"""Argument checks shared by every constructor: one wording, made before anything changes."""
+"""Argument checks shared by every constructor: one wording, made before anything changes.
+
+A number may be Python's, numpy's, or an array of one element of MLX or numpy; a bool is never taken for one. What is
+wrong is shown by :func:`shown`, which keeps a whole parameter tree given by mistake out of the message.
+"""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from mlx.nn import Module
 
 # The numbers of a step are fp32.
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
+class _Shown(reprlib.Repr):
+    """Containers to a depth of 2, arrays and modules by their kind, anything else cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxstring, self.maxother = 2, 3, 80, 80
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Module):
+            return f"a module {type(x).__name__}"
+        if is_array(x):
+            return self.repr_instance(x, level) if x.size == 1 else f"an array of shape {tuple(x.shape)}"
+        return super().repr1(x, level)
+
+
+_SHOWN = _Shown()
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for an error message, of about 100 characters at most; no large array is evaluated for it."""
+    text = _SHOWN.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of MLX, numpy or the like."""
+    return all(hasattr(value, name) for name in ("shape", "dtype", "size", "item")) and not isinstance(value, type)
+
+
+def _number(owner: str, name: str, value: Any) -> Any:
+    """The number in an array of one element; anything else as it is."""
+    if not is_array(value):
+        return value
+    if value.size != 1:
+        shape = tuple(value.shape)
+        raise ValueError(f"[{owner}] '{name}' must have one element but got an array of shape {shape}.")
+    try:
+        return value.item()
+    except ValueError as error:  # MLX, inside mx.compile and the like
+        hint = "give a number, or make the optimizer outside of the transformation"
+        raise ValueError(f"[{owner}] the value of '{name}' cannot be read inside a transformation: {hint}.") from error
+
+
 def real(owner: str, name: str, value: Any) -> float:
     """Return ``value`` as a float, or raise TypeError if it is no real number (bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"[{owner}] '{name}' must be a real number but got {value!r}.")
-    return float(value)
+    number = _number(owner, name, value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"[{owner}] '{name}' must be a real number but got {shown(value)}.")
+    return float(number)
 
 
 def non_negative(owner: str, name: str, value: Any) -> float:
@@ -34,24 +85,38 @@ def positive(owner: str, name: str, value: Any) -> float:
     return number
 
 
+def integer(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int, or raise TypeError if it is none (a bool and 2.0 are none)."""
+    number = _number(owner, name, value)
+    if isinstance(number, bool) or not isinstance(number, Integral):
+        raise TypeError(f"[{owner}] '{name}' must be an integer but got {shown(value)}.")
+    return int(number)
+
+
+def natural(owner: str, name: str, value: Any) -> int:
+    """Return ``value`` as an int >= 0, or raise ValueError (TypeError if it is no integer) naming the argument."""
+    number = integer(owner, name, value)
+    non_negative(owner, name, number)
+    return number
+
+
 def positive_integer(owner: str, name: str, value: Any) -> int:
     """Return ``value`` as an int >= 1, or raise ValueError (TypeError if it is no integer) naming the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"[{owner}] '{name}' must be an integer but got {value!r}.")
-    if value < 1:
-        raise ValueError(f"[{owner}] '{name}' must be at least 1 but got {value}.")
-    return int(value)
+    number = integer(owner, name, value)
+    if number < 1:
+        raise ValueError(f"[{owner}] '{name}' must be at least 1 but got {number}.")
+    return number
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:
     """Return ``value`` if it is a bool, or raise TypeError: 0 and "False" are mistakes here."""
     if not isinstance(value, bool):
-        raise TypeError(f"[{owner}] '{name}' must be True or False but got {value!r}.")
+        raise TypeError(f"[{owner}] '{name}' must be True or False but got {shown(value)}.")
     return value
 
 
 def one_of(owner: str, name: str, value: Any, words: Sequence[str]) -> str:
     """Return ``value`` if it is one of the words, or raise ValueError naming them."""
     if not isinstance(value, str) or value not in words:
-        raise ValueError(f"[{owner}] '{name}' must be {' or '.join(map(repr, words))} but got {value!r}.")
+        raise ValueError(f"[{owner}] '{name}' must be {' or '.join(map(repr, words))} but got {shown(value)}.")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import pickle
@@ -34,10 +35,18 @@ def values(schedule: Callable[..., Any], steps: Any) -> np.ndarray:
 
 
 def ours(framework: str, name: str, args: dict[str, Any]) -> schedules.NamedSchedule:
-    if name == "LambdaLR":
-        args = args | {"lr_lambda": eval("lambda epoch: " + args["lr_lambda"])}
+    made = dict(args)
+    for key in {"lr_lambda", "scale_fn"} & args.keys():
+        made[key] = function(args[key])
+    for key in {"schedulers", "schedules"} & args.keys():
+        made[key] = [ours(framework, *inner) for inner in args[key]]
     snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return getattr(schedules, f"{framework}_{snake}")(**args)
+    return getattr(schedules, f"{framework}_{snake}")(**made)
+
+
+@functools.cache  # one function for one expression, so that schedules of it are equal
+def function(expression: str) -> Callable[[Any], Any]:
+    return eval("lambda epoch: " + expression)
 
 
 # ---- real values
@@ -152,6 +161,35 @@ CLOSED_FORMS: dict[str, tuple[Any, Callable[[int], float]]] = {
             0.02 + 0.48 * (1 - cosine(t / 299)) if t <= 299 else 2e-6 + (0.5 - 2e-6) * cosine(min(1, (t - 299) / 700))
         ),
     ),
+    "torch polynomial": (
+        schedules.torch_polynomial_lr(0.5, 2500, 1.5),
+        lambda t: 0.5 * (1 - min(t, 2500) / 2500) ** 1.5,
+    ),
+    "torch constant": (schedules.torch_constant_lr(0.5, 0.3, HUGE), lambda t: 0.15 if t < HUGE else 0.5),
+    "torch restarts": (
+        schedules.torch_cosine_annealing_warm_restarts(0.5, 10, 2, 0.01),
+        lambda t: 0.01 + 0.49 * restarts(t, 10, 2, 1),
+    ),
+    "torch cyclic": (
+        schedules.torch_cyclic_lr(0.01, 0.5, 30, 70, "exp_range", 0.9999),
+        lambda t: 0.01 + 0.49 * 0.9999**t * (t % 100 / 30 if t % 100 <= 30 else (100 - t % 100) / 70),
+    ),
+    "torch sequence": (
+        schedules.torch_sequential_lr(
+            [schedules.torch_constant_lr(0.5, 0.3, 10), schedules.torch_step_lr(0.5, 40, 0.5)], [HUGE - 1]
+        ),
+        lambda t: 0.5 * 0.5 ** ((t - HUGE + 1) // 40) if t >= HUGE - 1 else 0.15 if t < 10 else 0.5,
+    ),
+    "torch chain": (
+        schedules.torch_chained_scheduler(
+            [schedules.torch_linear_lr(0.5, 0.1, 1.0, 50), schedules.torch_exponential_lr(0.5, 0.9999)]
+        ),
+        lambda t: 0.5 * (0.1 + 0.9 * min(t, 50) / 50) * 0.9999**t,
+    ),
+    "optax phases": (
+        schedules.optax_piecewise_interpolate_schedule("linear", 0.5, {50: 0.1, 1050: 4.0}),
+        lambda t: float(np.interp(t, [0, 50, 1050], [0.5, 0.05, 0.2])),
+    ),
     "optax staircase": (
         schedules.optax_exponential_decay(0.5, HUGE, 0.3, 5, staircase=True, end_value=0.05),
         lambda t: max(0.05, 0.5 * 0.3 ** (max(0, t - 5) // HUGE)),
@@ -189,10 +227,46 @@ def test_python_steps_of_any_size() -> None:
     assert schedule(2**40 - 1).item() == 1.0 and schedule(2**40).item() == 0.5
 
 
+def test_multiplicative_factors_are_multiplied_in_double() -> None:
+    schedule = schedules.torch_multiplicative_lr(0.1, lambda step: 0.9999, total_steps=100_000)
+    assert schedule(90_000).item() == pytest.approx(0.1 * 0.9999**90_000, rel=1e-6)
+    assert schedule(100_001).item() == schedule(100_000).item()  # the end of the run
+
+
+# ---- schedules made of schedules
+
+MIXED: list[Any] = [
+    optim.linear_schedule(0.0, 0.2, 4),
+    schedules.optax_join_schedules([schedules.torch_step_lr(0.2, 2, 0.5), optim.step_decay(0.1, 0.5, 3)], [5]),
+    lambda step: mx.minimum(step, 3) * 0.01,
+]
+
+
+@pytest.mark.parametrize("make", [schedules.torch_sequential_lr, schedules.optax_join_schedules])
+def test_any_schedules_follow_each_other(make: Any) -> None:
+    schedule = make(MIXED, [4, 13])
+    want = [MIXED[0](t) if t < 4 else MIXED[1](t - 4) if t < 13 else MIXED[2](t - 13) for t in range(20)]
+    np.testing.assert_allclose(values(schedule, range(20)), [rate.item() for rate in want], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        values(mx.compile(schedule), range(20)), [rate.item() for rate in want], rtol=1e-6, atol=1e-9
+    )
+    with pytest.raises(TypeError, match="'schedul.*s' is a function and cannot be saved"):
+        schedule.get_config()
+
+
+def test_the_config_of_a_sequence_holds_those_of_its_schedules() -> None:
+    schedule = schedules.torch_sequential_lr(MIXED[:2], [4])
+    config = json.loads(json.dumps(schedule.get_config()))
+    assert config["config"]["schedulers"][0] == schedules.get_config(MIXED[0])
+    again = schedules.from_config(config)
+    assert schedules.get_config(again) == config
+    assert [again(counted(t)).item() for t in range(20)] == [schedule(t).item() for t in range(20)]
+
+
 # ---- every schedule
 
 SAMPLES = {schedule.name: schedule for schedule in (ours(e["framework"], e["name"], e["args"]) for e in REAL)}
-SAVABLE = [name for name in SAMPLES if name != "torch_lambda_lr"]
+SAVABLE = [name for name in SAMPLES if name not in ("torch_lambda_lr", "torch_multiplicative_lr")]
 
 
 def test_samples_and_exports_are_complete() -> None:
@@ -335,6 +409,41 @@ def test_wrong_types_in_configs_are_refused(name: str, options: dict[str, Any], 
         (lambda: schedules.torch_lambda_lr(0.1, lambda step: min(step / 3, 1.0)), "without reading its value"),
         (lambda: schedules.torch_lambda_lr(0.1, lambda step: [1.0, 0.5][step]), "without reading its value"),
         (lambda: schedules.torch_lambda_lr(0.1, lambda step: mx.ones(2)), "must return one number"),
+        (lambda: schedules.torch_constant_lr(0.1, 1.5), "'factor' must be between 0 and 1"),
+        (lambda: schedules.torch_polynomial_lr(0.1, 5, -1.0), "'power' must be non-negative"),
+        (
+            lambda: schedules.torch_multiplicative_lr(0.1, lambda step: 2 - step, 9),
+            "'lr_lambda(3)' must be non-negative",
+        ),
+        (lambda: schedules.torch_cosine_annealing_warm_restarts(0.1, 0), "'T_0' must be positive"),
+        (lambda: schedules.torch_cosine_annealing_warm_restarts(0.1, 3, 0), "'T_mult' must be positive"),
+        (lambda: schedules.torch_cyclic_lr(0.1, 0.2, mode="square"), "'triangular' or 'triangular2' or 'exp_range'"),
+        (lambda: schedules.torch_cyclic_lr(0.1, 0.2, scale_fn=lambda x: 1.0 if x < 3 else 0.1), "without reading its"),
+        (lambda: schedules.torch_sequential_lr([], []), "'schedulers' must hold at least one schedule"),
+        (lambda: schedules.torch_sequential_lr(MIXED, [3]), "'milestones' must hold one step less than there are"),
+        (lambda: schedules.torch_sequential_lr(MIXED, [5, 3]), "'milestones' must be in ascending order"),
+        (
+            lambda: schedules.optax_join_schedules([lambda step: mx.ones(2)], []),
+            "'schedules[0]' must return one number",
+        ),
+        (lambda: schedules.torch_chained_scheduler(MIXED[:1]), "cannot be chained"),
+        (
+            lambda: schedules.torch_chained_scheduler([schedules.torch_lambda_lr(0.1, lambda step: 0.9**step)]),
+            "torch_lambda_lr cannot be chained: its rate is not 'lr' times a factor",
+        ),
+        (
+            lambda: schedules.torch_chained_scheduler([schedules.torch_cosine_annealing_lr(0.1, 9, 0.01)]),
+            "torch_cosine_annealing_lr cannot be chained",
+        ),
+        (
+            lambda: schedules.torch_chained_scheduler(
+                [schedules.torch_step_lr(0.1, 2), schedules.torch_exponential_lr(0.2, 0.9)]
+            ),
+            "must have the same 'lr' but got 0.1 and 0.2",
+        ),
+        (lambda: schedules.optax_piecewise_interpolate_schedule("cubic", 0.1), "'linear' or 'cosine' but got 'cubic'"),
+        (lambda: schedules.optax_sgdr_schedule([]), "'cosine_kwargs' must hold at least one dict"),
+        (lambda: schedules.optax_sgdr_schedule([{"init_value": 0.1}]), "lacks 'peak_value'"),
         (lambda: schedules.optax_warmup_cosine_decay_schedule(0.0, 0.1, 9, 9), "must be more than 'warmup_steps'"),
         (lambda: schedules.optax_piecewise_constant_schedule(0.1, {"x": 0.5}), "must be steps"),
         (lambda: schedules.optax_piecewise_constant_schedule(0.1, {3: -0.5}), "must be non-negative"),
@@ -358,6 +467,11 @@ def test_values_out_of_range_are_refused(make: Callable[[], Any], message: str) 
         (lambda: schedules.torch_lambda_lr(0.1, 0.9), "must be a function of the step"),  # type: ignore[arg-type]
         (lambda: schedules.keras_exponential_decay(0.1, 5, 0.9, 1), "'staircase' must be True or False"),  # type: ignore[arg-type]
         (lambda: schedules.torch_lambda_lr(0.1, lambda step: 0.9**step).get_config(), "is a function"),
+        (lambda: schedules.torch_multiplicative_lr(0.1, 0.9, 5), "must be a function of the step"),  # type: ignore[arg-type]
+        (lambda: schedules.torch_multiplicative_lr(0.1, lambda step: 0.9, 5).get_config(), "is a function"),
+        (lambda: schedules.torch_sequential_lr(MIXED[0], []), "'schedulers' must be a list of schedules"),
+        (lambda: schedules.torch_sequential_lr([0.1], []), "'schedulers[0]' must be a function of the step"),  # type: ignore[arg-type]
+        (lambda: schedules.optax_sgdr_schedule({"init_value": 0.1}), "must be a list of dicts"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_types_are_refused(make: Callable[[], Any], message: str) -> None:

@@ -8,20 +8,18 @@ rate that their schedulers find in the optimizer. What it returns is called with
 
 Wrong arguments are refused at once: TypeError for a wrong type, ValueError for a value out of range, as negative
 rates, factors and exponents are throughout. Where the function is one of MLX's, MLX's own does the computing.
+:class:`ReduceLROnPlateau`, which goes by a metric and not by the step, is an object beside the optimizer, as in torch.
+
+What lives here: one module for each framework, or two where one would be too long. Each function is a formula of
+``(step, arguments...)`` under ``@named``, which makes it a function of the arguments alone. To add one, write the
+formula in its framework's module with the framework's argument names, each annotated with its check
+(``arguments.py``); take the curve from ``curves.py``, where each stands once; name it below; and record the framework's
+own values with ``tests/golden/record_schedules.py``. Equality with them, tracing, saving and pickling are then tested
+without further code.
 """
 
-from __future__ import annotations
-
-import inspect
-from collections.abc import Callable, Mapping
-from numbers import Integral
-from typing import Any
-
-import mlx.core as mx
-import mlx.optimizers as optim
-
-from .. import checks
 from .keras import (
+    from_keras,
     keras_cosine_decay,
     keras_cosine_decay_restarts,
     keras_exponential_decay,
@@ -30,27 +28,49 @@ from .keras import (
     keras_polynomial_decay,
 )
 from .mindspore import mindspore_exponential_lr, mindspore_step_lr
-from .named import FACTORIES, NamedSchedule, call_with
+from .named import NamedSchedule, call_with, from_config, get_config
 from .optax import (
+    optax_constant_schedule,
     optax_cosine_decay_schedule,
     optax_exponential_decay,
     optax_linear_schedule,
     optax_piecewise_constant_schedule,
     optax_polynomial_schedule,
-    optax_warmup_cosine_decay_schedule,
 )
+from .optax_joined import (
+    optax_cosine_onecycle_schedule,
+    optax_join_schedules,
+    optax_linear_onecycle_schedule,
+    optax_piecewise_interpolate_schedule,
+    optax_sgdr_schedule,
+    optax_warmup_constant_schedule,
+    optax_warmup_cosine_decay_schedule,
+    optax_warmup_exponential_decay_schedule,
+)
+from .plateau import ReduceLROnPlateau
 from .torch import (
-    torch_cosine_annealing_lr,
+    torch_constant_lr,
     torch_exponential_lr,
     torch_lambda_lr,
     torch_linear_lr,
     torch_multi_step_lr,
-    torch_one_cycle_lr,
+    torch_multiplicative_lr,
+    torch_polynomial_lr,
     torch_step_lr,
+)
+from .torch_cyclic import (
+    torch_chained_scheduler,
+    torch_cosine_annealing_lr,
+    torch_cosine_annealing_warm_restarts,
+    torch_cyclic_lr,
+    torch_one_cycle_lr,
+    torch_sequential_lr,
 )
 
 __all__ = [
     "NamedSchedule",
+    "ReduceLROnPlateau",
+    "call_with",
     "from_config",
     "from_keras",
     "get_config",
@@ -62,110 +82,32 @@ __all__ = [
     "keras_polynomial_decay",
     "mindspore_exponential_lr",
     "mindspore_step_lr",
+    "optax_constant_schedule",
     "optax_cosine_decay_schedule",
+    "optax_cosine_onecycle_schedule",
     "optax_exponential_decay",
+    "optax_join_schedules",
+    "optax_linear_onecycle_schedule",
     "optax_linear_schedule",
     "optax_piecewise_constant_schedule",
+    "optax_piecewise_interpolate_schedule",
     "optax_polynomial_schedule",
+    "optax_sgdr_schedule",
+    "optax_warmup_constant_schedule",
     "optax_warmup_cosine_decay_schedule",
+    "optax_warmup_exponential_decay_schedule",
+    "torch_chained_scheduler",
+    "torch_constant_lr",
     "torch_cosine_annealing_lr",
+    "torch_cosine_annealing_warm_restarts",
+    "torch_cyclic_lr",
     "torch_exponential_lr",
     "torch_lambda_lr",
     "torch_linear_lr",
     "torch_multi_step_lr",
+    "torch_multiplicative_lr",
     "torch_one_cycle_lr",
+    "torch_polynomial_lr",
+    "torch_sequential_lr",
     "torch_step_lr",
 ]
-
-Schedule = Callable[[mx.array], mx.array]
-
-KERAS = {
-    "CosineDecay": keras_cosine_decay,
-    "CosineDecayRestarts": keras_cosine_decay_restarts,
-    "ExponentialDecay": keras_exponential_decay,
-    "InverseTimeDecay": keras_inverse_time_decay,
-    "PiecewiseConstantDecay": keras_piecewise_constant_decay,
-    "PolynomialDecay": keras_polynomial_decay,
-}
-MLX: dict[str, Callable[..., Schedule]] = {
-    "cosine_decay": optim.cosine_decay,
-    "exponential_decay": optim.exponential_decay,
-    "join_schedules": optim.join_schedules,
-    "linear_schedule": optim.linear_schedule,
-    "step_decay": optim.step_decay,
-}
-
-
-def from_keras(schedule: Any) -> NamedSchedule:
-    """The schedule that a Keras or tf.keras schedule, or its serialised dict, describes; it is never called.
-
-    Args:
-        schedule: An object of a class of Keras's, or ``{"class_name": ..., "config": {...}}``.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If its class or one of its options is not known here.
-    """
-    if isinstance(schedule, Mapping):
-        # Keras registers classes of users only, and such a class may share a name with one of Keras's.
-        name, config = schedule.get("registered_name") or schedule.get("class_name"), schedule.get("config")
-    elif callable(getattr(schedule, "get_config", None)):
-        name, config = type(schedule).__name__, schedule.get_config()
-    else:
-        raise TypeError(f"[from_keras] expected a Keras schedule or its config but got {schedule!r}.")
-    if not isinstance(name, str) or name not in KERAS:
-        raise ValueError(f"[from_keras] there is no schedule {name!r} here, only {', '.join(KERAS)}.")
-    if isinstance(config, Mapping):
-        config = {key: value for key, value in config.items() if key != "name"}  # a label for graphs
-    return call_with("from_keras", KERAS[name], config)
-
-
-def get_config(schedule: Schedule) -> dict[str, Any]:
-    """``{"name": ..., "config": {...}}`` of a schedule made here or by ``mlx.optimizers``, for JSON.
-
-    Raises:
-        TypeError: If the schedule is another callable, or one that was made with a function.
-    """
-    if isinstance(schedule, NamedSchedule):
-        return schedule.get_config()
-    # MLX's schedules are closures over the arguments of the function that made them.
-    name, _, inner = getattr(schedule, "__qualname__", "").partition(".<locals>.")
-    if name in MLX and inner == "schedule" and inspect.getmodule(schedule) is inspect.getmodule(MLX[name]):
-        held = inspect.getclosurevars(schedule).nonlocals
-        return {"name": name, "config": _mlx_options(name, held, get_config)}
-    raise TypeError(f"[schedules] only schedules made here or by mlx.optimizers can be saved, not {schedule!r}.")
-
-
-def from_config(config: Any) -> Schedule:
-    """The schedule that :func:`get_config` described.
-
-    Raises:
-        ValueError: If it describes none.
-        TypeError: If an option has a wrong type.
-    """
-    if not isinstance(config, Mapping) or set(config) != {"name", "config"}:
-        raise ValueError(f"[schedules] a config must have 'name' and 'config' but got {config!r}.")
-    name, options = config["name"], config["config"]
-    if not isinstance(name, str) or name not in FACTORIES | MLX:
-        raise ValueError(f"[schedules] there is no schedule {name!r}.")
-    if name in MLX and isinstance(options, Mapping):
-        options = _mlx_options(name, options, from_config)
-    return call_with("schedules", (FACTORIES | MLX)[name], options)
-
-
-def _mlx_options(name: str, options: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """Options of MLX's functions as plain numbers and lists, with the schedules among them converted."""
-
-    def number(key: str, value: Any) -> float:
-        checked = checks.real(name, key, value)
-        return int(value) if isinstance(value, Integral) else checked
-
-    if name != "join_schedules":
-        return {key: number(key, value) for key, value in options.items()}
-    for key, values in options.items():
-        if not isinstance(values, (list, tuple)):
-            raise TypeError(f"[join_schedules] '{key}' must be a list but got {values!r}.")
-    return {
-        key: [convert(value) if key == "schedules" else number(key, value) for value in values]
-        for key, values in options.items()
-    }

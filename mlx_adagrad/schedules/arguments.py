@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import Annotated, Any, TypeAlias
 
 import mlx.core as mx
 
 from .. import checks
 from ..update.compiled import compiled
+from .named import from_config
 
 Check: TypeAlias = Callable[[str, str, Any], Any]
 
@@ -31,15 +31,8 @@ def _duration(owner: str, name: str, value: Any) -> float:
     return _time(owner, name, value)
 
 
-def _count(owner: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"[{owner}] '{name}' must be an integer but got {value!r}.")
-    checks.non_negative(owner, name, value)
-    return int(value)
-
-
 def _period(owner: str, name: str, value: Any) -> int:
-    number = _count(owner, name, value)
+    number = checks.natural(owner, name, value)
     checks.positive(owner, name, number)
     return number
 
@@ -68,10 +61,34 @@ def _scales(owner: str, name: str, value: Any) -> dict[str, float]:
     return {str(step): checks.non_negative(owner, name, factors[step]) for step in sorted(factors)}
 
 
-def _array_function(owner: str, name: str, function: Callable[[mx.array], Any]) -> Any:
-    """A function that does not read the value of its argument: tried inside a trace, where nothing can."""
+def _schedules(owner: str, name: str, values: Any) -> list[Callable[[mx.array], Any]]:
+    """At least one schedule: of this package, of MLX's, the config of one, or another function of the step."""
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"[{owner}] '{name}' must be a list of schedules but got {values!r}.")
+    schedules = [from_config(value) if isinstance(value, Mapping) else value for value in values]
+    if not schedules:
+        raise ValueError(f"[{owner}] '{name}' must hold at least one schedule.")
+    return [_array_function(owner, f"{name}[{i}]", schedule) for i, schedule in enumerate(schedules)]
+
+
+def _options_list(owner: str, name: str, values: Any) -> list[dict[str, Any]]:
+    if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"[{owner}] '{name}' must be a list of dicts but got {values!r}.")
+    options = list(values)
+    if not options or not all(isinstance(value, Mapping) for value in options):
+        raise ValueError(f"[{owner}] '{name}' must hold at least one dict, and nothing else, but got {options!r}.")
+    return [dict(value) for value in options]
+
+
+def _function(owner: str, name: str, function: Any) -> Any:
     if not callable(function):
         raise TypeError(f"[{owner}] '{name}' must be a function of the step but got {function!r}.")
+    return function
+
+
+def _array_function(owner: str, name: str, function: Callable[[mx.array], Any]) -> Any:
+    """A function that does not read the value of its argument: tried inside a trace, where nothing can."""
+    _function(owner, name, function)
     try:
         result = compiled(lambda step: mx.array(function(step)))(mx.array(0, mx.int64))
     except (TypeError, ValueError) as error:
@@ -91,9 +108,15 @@ Flag = Annotated[bool, checks.boolean]
 Time = Annotated[float, _time]  # a number of steps, at least 0, fractions allowed
 Duration = Annotated[float, _duration]  # the same, above 0
 Period = Annotated[int, _period]  # a whole number of steps, at least 1
-Count = Annotated[int, _count]  # a whole number of steps, at least 0
-Counts = Annotated[list[int], _list_of(_count)]
+Count = Annotated[int, checks.natural]  # a whole number of steps, at least 0
+Counts = Annotated[list[int], _list_of(checks.natural)]
 NonNegatives = Annotated[list[float], _list_of(checks.non_negative)]
 Scales = Annotated[dict[Any, float], _scales]
 Anneal = Annotated[str, _one_of("cos", "linear")]
+Interpolation = Annotated[str, _one_of("linear", "cosine")]
+CycleMode = Annotated[str, _one_of("triangular", "triangular2", "exp_range")]
+ScaleMode = Annotated[str, _one_of("cycle", "iterations")]
 ArrayFunction = Annotated[Callable[[mx.array], Any], _array_function]
+Function = Annotated[Callable[[int], float], _function]  # called outside traces, with Python numbers
+OptionsList = Annotated[list[dict[str, Any]], _options_list]
+Schedules = Annotated[list[Callable[[mx.array], Any]], _schedules]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
 from .arguments import Duration, Flag, NonNegative, NonNegatives, Time
-from .curves import half_cosine, periods, warm_up
-from .named import named
-
-LONGEST_RUN = 2**40  # steps for which restarts are laid out
+from .curves import cosine_restarts, periods, polynomial, warm_up
+from .named import NamedSchedule, call_with, named
 
 
 @named
@@ -71,11 +70,10 @@ def keras_polynomial_decay(
         power: Exponent, >= 0. Default: ``1.0``.
         cycle: Past the end decay anew, towards the next multiple of ``decay_steps``. Default: ``False``.
     """
-    end = decay_steps
+    end: float | mx.array = decay_steps
     if cycle:
         end = decay_steps * mx.maximum(-(-step // decay_steps), 1)
-    left = mx.maximum(end - step, 0) / end
-    return (initial_learning_rate - end_learning_rate) * left**power + end_learning_rate
+    return polynomial(initial_learning_rate, end_learning_rate, power, step, end)
 
 
 @named
@@ -122,25 +120,8 @@ def keras_cosine_decay_restarts(
     """
     if t_mul < 1:
         raise ValueError(f"[keras_cosine_decay_restarts] 't_mul' must be at least 1 but got {t_mul}.")
-    if t_mul == 1:
-        restarts, done, length = step // first_decay_steps, step % first_decay_steps, first_decay_steps
-    else:
-        starts, lengths = _periods_between_restarts(first_decay_steps, t_mul)
-        # Keras takes logarithms, whose rounding may delay a restart by a step; integers compare exactly.
-        restarts = (mx.array([math.ceil(start) for start in starts], mx.int64) <= step).sum() - 1
-        done, length = step - mx.array(starts)[restarts], mx.array(lengths)[restarts]
-    height = m_mul**restarts * half_cosine(done, length)
-    return initial_learning_rate * ((1 - alpha) * height + alpha)
-
-
-@functools.lru_cache(maxsize=8)
-def _periods_between_restarts(first: float, factor: float) -> tuple[list[float], list[float]]:
-    """Where each period starts and how long it is, as far as any run goes."""
-    starts, lengths = [0.0], [float(first)]
-    while starts[-1] + lengths[-1] < LONGEST_RUN:
-        starts.append(round(starts[-1] + lengths[-1], 6))  # a rounding error would add a step to the ceiling
-        lengths.append(lengths[-1] * factor)
-    return starts, lengths
+    restarts, curve = cosine_restarts(step, first_decay_steps, t_mul)
+    return initial_learning_rate * ((1 - alpha) * m_mul**restarts * curve + alpha)
 
 
 @named
@@ -160,3 +141,37 @@ def keras_piecewise_constant_decay(step: mx.array, boundaries: NonNegatives, val
         raise ValueError(f"[keras_piecewise_constant_decay] 'boundaries' must increase but got {boundaries}.")
     passed = (mx.array([math.floor(boundary) for boundary in boundaries], mx.int64) < step).sum()
     return mx.array(values, mx.float32)[passed]
+
+
+CLASSES = {
+    "CosineDecay": keras_cosine_decay,
+    "CosineDecayRestarts": keras_cosine_decay_restarts,
+    "ExponentialDecay": keras_exponential_decay,
+    "InverseTimeDecay": keras_inverse_time_decay,
+    "PiecewiseConstantDecay": keras_piecewise_constant_decay,
+    "PolynomialDecay": keras_polynomial_decay,
+}
+
+
+def from_keras(schedule: Any) -> NamedSchedule:
+    """The schedule that a Keras or tf.keras schedule, or its serialised dict, describes; it is never called.
+
+    Args:
+        schedule: An object of a class of Keras's, or ``{"class_name": ..., "config": {...}}``.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If its class or one of its options is not known here.
+    """
+    if isinstance(schedule, Mapping):
+        # Keras registers classes of users only, and such a class may share a name with one of Keras's.
+        name, config = schedule.get("registered_name") or schedule.get("class_name"), schedule.get("config")
+    elif callable(getattr(schedule, "get_config", None)):
+        name, config = type(schedule).__name__, schedule.get_config()
+    else:
+        raise TypeError(f"[from_keras] expected a Keras schedule or its config but got {schedule!r}.")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"[from_keras] there is no schedule {name!r} here, only {', '.join(CLASSES)}.")
+    if isinstance(config, Mapping):
+        config = {key: value for key, value in config.items() if key != "name"}  # a label for graphs
+    return call_with("from_keras", CLASSES[name], config)

@@ -6,10 +6,12 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, get_args, get_type_hints
 
 import mlx.core as mx
+
+from . import mlx
 
 P = ParamSpec("P")
 
@@ -39,10 +41,12 @@ class NamedSchedule:
         Raises:
             TypeError: If an argument is a function, as torch's LambdaLR takes it.
         """
-        for key, value in self.config.items():
-            if callable(value):
-                raise TypeError(f"[{self.name}] '{key}' is a function and cannot be saved.")
-        return {"name": self.name, "config": copy.deepcopy(self.config)}
+        return {"name": self.name, "config": {k: _plain(self.name, k, v) for k, v in self.config.items()}}
+
+
+def with_arguments(schedule: NamedSchedule, **arguments: Any) -> NamedSchedule:
+    """The schedule with some of its arguments replaced, unchecked."""
+    return replace(schedule, config=schedule.config | arguments)
 
 
 FORMULAS: dict[str, Callable[..., Any]] = {}
@@ -78,6 +82,49 @@ def named(formula: Callable[Concatenate[mx.array, P], Any]) -> Callable[P, Named
     factory.__signature__ = signature  # type: ignore[attr-defined]
     FORMULAS[name], FACTORIES[name] = formula, factory
     return factory
+
+
+def get_config(schedule: Callable[..., Any]) -> dict[str, Any]:
+    """``{"name": ..., "config": {...}}`` of a schedule made here or by ``mlx.optimizers``, for JSON.
+
+    Raises:
+        TypeError: If the schedule is another callable, or one that was made with a function.
+    """
+    if isinstance(schedule, NamedSchedule):
+        return schedule.get_config()
+    config = mlx.config_of(schedule, get_config)
+    if config is None:
+        raise TypeError(f"[schedules] only schedules made here or by mlx.optimizers can be saved, not {schedule!r}.")
+    return config
+
+
+def from_config(config: Any) -> Callable[[mx.array], mx.array]:
+    """The schedule that :func:`get_config` described.
+
+    Raises:
+        ValueError: If it describes none.
+        TypeError: If an option has a wrong type.
+    """
+    if not isinstance(config, Mapping) or set(config) != {"name", "config"}:
+        raise ValueError(f"[schedules] a config must have 'name' and 'config' but got {config!r}.")
+    name, options = config["name"], config["config"]
+    if not isinstance(name, str) or name not in FACTORIES | mlx.MLX:
+        raise ValueError(f"[schedules] there is no schedule {name!r}.")
+    if name in mlx.MLX and isinstance(options, Mapping):
+        options = mlx.plain_options(name, options, from_config)
+    return call_with("schedules", (FACTORIES | mlx.MLX)[name], options)
+
+
+def _plain(owner: str, key: str, value: Any) -> Any:
+    """An argument for JSON, with the config of each schedule in it."""
+    if isinstance(value, list):
+        return [_plain(owner, key, item) for item in value]
+    if not callable(value):
+        return copy.deepcopy(value)
+    try:
+        return get_config(value)
+    except TypeError:
+        raise TypeError(f"[{owner}] '{key}' is a function and cannot be saved.") from None
 
 
 def call_with(owner: str, function: Callable[..., Any], options: Any) -> Any:

@@ -1,4 +1,7 @@
-"""The schedules of ``optax.schedules``; ``transition_steps=0`` makes ``init_value`` constant, as in optax."""
+"""The schedules of ``optax.schedules``; those made of several parts are in ``optax_joined.py``.
+
+``transition_steps=0`` makes ``init_value`` constant, as in optax.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,18 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from .arguments import Count, Flag, NonNegative, Period, Scales
-from .curves import half_cosine, periods, warm_up
+from .curves import half_cosine, periods, polynomial
 from .named import named
+
+
+@named
+def optax_constant_schedule(step: mx.array, value: NonNegative) -> float:
+    """optax's constant_schedule: always ``value``.
+
+    Args:
+        value: The rate, >= 0.
+    """
+    return value
 
 
 @named
@@ -59,8 +72,7 @@ def optax_polynomial_schedule(
     """
     if transition_steps == 0:
         return init_value
-    left = mx.clip(transition_begin + transition_steps - step, 0, transition_steps) / transition_steps
-    return (init_value - end_value) * left**power + end_value
+    return polynomial(init_value, end_value, power, step - transition_begin, transition_steps)
 
 
 @named
@@ -103,36 +115,6 @@ def optax_cosine_decay_schedule(
     """
     curve = half_cosine(mx.minimum(step, decay_steps), decay_steps) ** exponent
     return init_value * ((1 - alpha) * curve + alpha)
-
-
-@named
-def optax_warmup_cosine_decay_schedule(
-    step: mx.array,
-    init_value: NonNegative,
-    peak_value: NonNegative,
-    warmup_steps: Count,
-    decay_steps: Period,
-    end_value: NonNegative = 0.0,
-    exponent: NonNegative = 1.0,
-) -> mx.array:
-    """optax's warmup_cosine_decay_schedule: a linear warm-up, then half a cosine.
-
-    Args:
-        init_value: The rate at step 0, >= 0.
-        peak_value: The rate after the warm-up, >= 0.
-        warmup_steps: Steps of the warm-up, >= 0.
-        decay_steps: Steps of the whole, the warm-up included, > ``warmup_steps``.
-        end_value: The rate it ends at, >= 0. Default: ``0.0``.
-        exponent: Exponent of the half cosine, >= 0. Default: ``1.0``.
-    """
-    if decay_steps <= warmup_steps:
-        raise ValueError(
-            "[optax_warmup_cosine_decay_schedule] 'decay_steps' must be more than 'warmup_steps' but got "
-            f"{decay_steps} and {warmup_steps}."
-        )
-    alpha = end_value / peak_value if peak_value else 0.0
-    decay = optax_cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
-    return warm_up(init_value, peak_value, warmup_steps, decay)(step)
 
 
 @named
