@@ -13,8 +13,10 @@ from .configurable import Configurable
 from .dispatch import Dispatch, Options
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect
+from .matching import Known
 from .rates import LearningRate
 from .state import State
+from .state_checks import Comparison, compare, restored, settle
 from .trees import Keys, fill, optimizable
 from .update.accumulators import Dense
 from .update.modifiers import UNMODIFIED, Modifiers
@@ -152,7 +154,7 @@ class Adagrad(Configurable, Optimizer):
             raise TypeError(f"[Adagrad] 'state' must be a dict but got {type(state).__name__}.")
         self._initialized = False
         if state is not self._state:
-            fill(self._state, state)
+            fill(self._state, restored(state, self._state))
 
     @property
     def eps(self) -> float:
@@ -180,15 +182,20 @@ class Adagrad(Configurable, Optimizer):
         self.groups.set_lr(index, rates.parse("Adagrad", "lr", lr))
         self._bookkeeping.set_group_rate(index)
 
+    def _compared(self, known: Known) -> Comparison:
+        extra = type(self).init_single is not Adagrad.init_single
+        found = compare(self.state, known, self.accumulator, self._schedulers, extra)
+        return found._replace(problems=[*found.problems, *self.groups.problems(self.state)])
+
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, so that it can be captured, saved or loaded into.
 
         Integer and bool leaves are skipped, as are leaves that have state already.
         """
+        settle([self], parameters)
         state = self._bookkeeping
         for leaf in collect(optimizable(parameters), parameters, state.tree, self.accumulator):
             state.of_leaf(leaf, parameters)
-        self._initialized = True
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter its state: ``v``, and a step count where the rule counts for each parameter."""
@@ -218,13 +225,14 @@ class Adagrad(Configurable, Optimizer):
         options, state = self._options, self._bookkeeping
         use_kernels = options.use_kernels()
         self.groups.check_matches(parameters)
+        if not self._initialized:  # or there is new state
+            settle([self], parameters, gradients)
         leaves = collect(gradients, parameters, state.tree, self.accumulator, options.leaf_check)
         if modifiers.apply is False:
             return leaves.rebuilt(leaves.parameters)
         self.groups.resolve_all(leaves)
         rates = state.scheduled_rates(modifiers)
         states = state.of_leaves(leaves, gradients)
-        self._initialized = True
         dispatch = Dispatch(options, state.advance(rates, self.accumulator, modifiers), use_kernels)
         if type(self).apply_single is not Adagrad.apply_single:  # MLX's documented point of extension
             return leaves.rebuilt(self._update_singly(leaves, states, dispatch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
@@ -149,15 +149,27 @@ class Groups:
         if not self.groups:
             return []
         entries = state.setdefault("_mlx_adagrad", {}).setdefault("groups", [])
-        if len(entries) > len(self.groups):
-            raise ValueError(
-                f"[{self.default.owner}] the state is that of {len(entries)} groups, but there are {len(self.groups)}."
-            )
+        for problem in self.problems(state):
+            raise type(problem)(f"[{self.default.owner}] {problem}")
         entries.extend({} for _ in self.groups[len(entries) :])
         for group, entry in zip(self.groups, entries, strict=True):
             if group.lr is not None and "learning_rate" not in entry:
                 entry["learning_rate"] = rates.starting(group.lr, state["step"])
         return entries
+
+    def problems(self, state: dict[str, Any]) -> Iterator[Exception]:
+        """What of a state does not fit the groups."""
+        own = state.get("_mlx_adagrad", {})
+        entries = own.get("groups", []) if isinstance(own, dict) else own
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            yield TypeError("'_mlx_adagrad' of the state must be {'groups': a list of dicts}.")
+            return
+        if len(entries) > len(self.groups) and any(entries):
+            yield ValueError(f"the state is that of {len(entries)} groups, but there are {len(self.groups)}.")
+        for i, entry in enumerate(entries):
+            rate = entry.get("learning_rate")
+            if rate is not None and (not isinstance(rate, mx.array) or rate.shape):
+                yield ValueError(f"'learning_rate' of group {i} in the state must be one number but got {rate!r:.40}.")
 
     def check_matches(self, parameters: Any) -> None:
         """Raise ValueError for a group that matches no parameter, frozen ones included; asked until it has."""

@@ -178,8 +178,12 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is complex64 but the parameter {w.dtype}.")
     if isinstance(g, RowSparse) and w.dtype == mx.complex64:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is row-sparse but the parameter complex64.")
-    if state is None or (isinstance(state, CONTAINERS) and not state):
-        return
+    if state is not None and not (isinstance(state, CONTAINERS) and not state):
+        check_state(accumulator, w, state, path)
+
+
+def check_state(accumulator: Dense, w: mx.array, state: Any, path: str) -> None:
+    """Raise TypeError or ValueError for the state of the parameter at ``path`` that cannot be its; reads no value."""
     if not isinstance(state, dict):
         raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")
     v = state.get("v")
@@ -188,6 +192,12 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
     if v is not None and v.shape != accumulator.shape(w):
         wanted = accumulator.shape(w)
         raise ValueError(f"[Adagrad] the state 'v' of '{path}' has shape {v.shape} but must have {wanted}.")
+    if v is not None and (v.dtype not in COMPUTE_DTYPE or (mx.complex64 in (v.dtype, w.dtype) and v.dtype != w.dtype)):
+        wanted = accumulator.storage_dtype(w)
+        raise ValueError(f"[Adagrad] the state 'v' of '{path}' is {v.dtype} but must be {wanted}.")
+    step = state.get("step")
+    if step is not None and (not isinstance(step, mx.array) or step.shape or not mx.issubdtype(step.dtype, mx.integer)):
+        raise ValueError(f"[Adagrad] the state 'step' of '{path}' must be one integer but got {step!r:.40}.")
 
 
 def is_row_sparse(owner: str, keys: tuple[Any, ...], gradient: Any) -> bool:

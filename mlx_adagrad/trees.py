@@ -76,15 +76,19 @@ def mapped(function: Callable[[Keys, Any], Any], tree: Any, keys: Keys = ()) -> 
     return function(keys, tree)
 
 
-def pruned(tree: Any) -> Any:
-    """``tree`` without what is absent: left out of dicts, an empty hole in lists, as stock optimizers want it."""
+def pruned(tree: Any, named: bool = True) -> Any:
+    """``tree`` without what is absent: left out of dicts, an empty hole in lists, as stock optimizers want it.
+
+    They make no state for a named tuple that they have seen before: without ``named`` it becomes a tuple.
+    """
     if isinstance(tree, dict):
-        kept = {key: pruned(child) for key, child in tree.items()}
+        kept = {key: pruned(child, named) for key, child in tree.items()}
         return {key: child for key, child in kept.items() if not is_absent(child)}
     if isinstance(tree, list | tuple):
-        kept = [pruned(child) for child in tree]
+        kept = [pruned(child, named) for child in tree]
         filled = ({} if is_absent(child) else child for child in kept)
-        return {} if all(map(is_absent, kept)) else sequence(type(tree), filled)
+        kind = tuple if isinstance(tree, tuple) and not named else type(tree)
+        return {} if all(map(is_absent, kept)) else sequence(kind, filled)
     return tree
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_adagrad import Adagrad, SparseEmbedding, value_and_grad
+from mlx_adagrad import Adagrad, SparseEmbedding, checkpoint, value_and_grad
 from mlx_adagrad.sparse.gradient import RowSparse
 from mlx_adagrad.trees import find, name, present
 from mlx_adagrad.wrappers import ClipByNorm, Constraint
-from tree_cases import EVERY, OPTIMIZERS, PLAIN, STEPS, drawn, leaves, same, train
+from tree_cases import AMBIGUOUS, EVERY, OPTIMIZERS, PLAIN, STEPS, drawn, gradients, leaves, same, train
 
 # the optimizers of MLX itself take no tuple at the root
 PAIRS = [(kind, tree) for kind in OPTIMIZERS for tree in EVERY if tree != "root" or kind not in ("adam", "multi")]
@@ -28,6 +28,69 @@ def test_keys_change_nothing(kind, tree):
     got = train(OPTIMIZERS[kind](), place(*drawn(0)), place, range(STEPS))
     want = train(OPTIMIZERS[kind](), PLAIN(*drawn(0)), PLAIN, range(STEPS))
     assert all(same(leaves(place, got), leaves(PLAIN, want)))
+
+
+# ------------------------------------------------------------------ state that goes elsewhere
+def strings(state):
+    return tree_unflatten(dict(tree_flatten(state)))  # a dict, as from a file: MLX's own recursion has no end otherwise
+
+
+def initialised(optimizer, place):
+    optimizer.init(place(*drawn(0)))
+    return optimizer
+
+
+WAYS = {
+    "assigned": lambda source, fresh, place, path: setattr(fresh, "state", source.state),
+    "strings": lambda source, fresh, place, path: setattr(fresh, "state", strings(source.state)),
+    "strings, initialised": lambda source, fresh, place, path: setattr(
+        initialised(fresh, place), "state", strings(source.state)
+    ),
+    "checkpoint": lambda source, fresh, place, path: (
+        checkpoint.save(path, source),
+        checkpoint.load(path, fresh),
+    ),
+    "checkpoint, initialised": lambda source, fresh, place, path: (
+        checkpoint.save(path, source),
+        checkpoint.load(path, initialised(fresh, place)),
+    ),
+}
+INTEGER_KEYS = ("integers", "integer and string", "root")  # which no checkpoint holds
+
+
+def middle(kind, place):
+    """An optimizer in the middle of a run (and of a window of 2 calls), its parameters, and where they end."""
+    optimizer = OPTIMIZERS[kind]()
+    half = train(optimizer, place(*drawn(0)), place, range(3))
+    whole = OPTIMIZERS[kind]()
+    return optimizer, half, train(whole, place(*drawn(0)), place, range(STEPS)), whole
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "tree"), [pair for pair in PAIRS if pair[0] in ("torch", "all", "adam", "multi")])
+def test_continued_elsewhere_equals_never_stopped(kind, tree, way, tmp_path):
+    if way.startswith("checkpoint") and tree in INTEGER_KEYS or way.startswith("strings") and tree in AMBIGUOUS:
+        return
+    place = EVERY[tree]
+    source, half, want, whole = middle(kind, place)
+    fresh = OPTIMIZERS[kind]()
+    WAYS[way](source, fresh, place, tmp_path / "run")
+    got = train(fresh, half, place, range(3, STEPS))
+    assert all(same(leaves(place, got), leaves(place, want)))
+    assert {k for k, _ in present(fresh.state)} == {k for k, _ in present(whole.state)}
+
+
+@pytest.mark.parametrize("tree", AMBIGUOUS)
+@pytest.mark.parametrize("kind", ["adagrad", "all", "adam", "multi"])
+def test_strings_that_mean_two_arrays_are_refused(kind, tree):
+    place = AMBIGUOUS[tree]
+    source, half, _, _ = middle(kind, place)
+    fresh = OPTIMIZERS[kind]()
+    fresh.state = strings(source.state)
+    before = [(k, id(a)) for k, a in present(fresh.state)]
+    with pytest.raises(ValueError, match="MLX's strings call 2 parameters|belongs to no parameter"):
+        fresh.apply_gradients(gradients(place, 3), half)
+    assert [(k, id(a)) for k, a in present(fresh.state)] == before
 
 
 # ------------------------------------------------------------------ names

@@ -45,13 +45,13 @@ TREES: dict[str, Place] = {
     "lists": lambda a, b, c, d: {"layers": [a, c], "heads": {"0": b, "1": d}},
     "padded": lambda a, b, c, d: {"x": {"01": a}, "y": {"+1": b}, "z": {"1_0": c}, " 1": d},
     "flat": lambda a, b, c, d: {"layers.0.weight": a, "layers.1.weight": b, "layers.0.bias": c, "scale": d},
+    "padded and not": lambda a, b, c, d: {"e": {"01": a, "1": b}, "f": {"01.x": c, "1": {"x": d}}},
     "prefixes": lambda a, b, c, d: {"a": a, "a.b": b, "a.b.c": c, "a.b.v": d},
 }
 # where MLX's own strings mean two arrays, or an order that cannot be told from a list
 AMBIGUOUS: dict[str, Place] = {
     "dotted twice": lambda a, b, c, d: {"a.b": a, "a": {"b": b}, "c": c, "d": d},
     "integer and string": lambda a, b, c, d: {"e": {2: a, "2": b}, "c": c, "d": d},
-    "padded and not": lambda a, b, c, d: {"e": {"01": a, "1": b}, "f": {"01.x": c, "1": {"x": d}}},
     "negative": lambda a, b, c, d: {"e": {"-1": a, "0": b, "1": c}, "d": d},
 }
 EVERY = {"plain": PLAIN, **TREES, **AMBIGUOUS}

@@ -12,6 +12,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..trees import copied, fill
+from ..wrappers.states import expect_new_state
 from . import export, sources, trees
 from .foreign import Foreign, Key, Names, V
 from .install import Live, install
@@ -42,11 +43,13 @@ def import_mlx(source: Any, optimizer: Optimizer, names: Names | None = None) ->
         live, foreign = Live(optimizer), _read(entries)
         if live.slots or names is not None:
             install(live, foreign, names)
+            expect_new_state(optimizer)
             return
         before = copied(live.adagrad.state)
         try:
             foreign = _begin(live, foreign)
             install(Live(optimizer), foreign, names)
+            expect_new_state(optimizer)
         except BaseException:
             fill(live.adagrad.state, before)
             raise

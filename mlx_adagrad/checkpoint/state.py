@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from ..wrappers.states import expect_new_state
 from ..wrappers.swap import holds_averages, own_parameters
 from . import safetensors, trees
 from .atomic import replacing
@@ -90,6 +91,7 @@ def load(
         if isinstance(model, Module):  # in the module's own structure, so that nothing can be refused below
             trees.fill(live["model"], new["model"])
     trees.fill(live["optimizer"], new["optimizer"])
+    expect_new_state(optimizer)
     if isinstance(model, Module):
         model.update(live["model"])
     elif model is not None:

@@ -10,12 +10,14 @@ from mlx.nn import Module
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..configurable import Configurable
+from ..matching import Known
 from ..rates import LearningRate
+from ..state_checks import Comparison, compare_own, flat_entries, restored, settle, with_names
 from ..trees import existing, fill
 from ..update.modifiers import UNMODIFIED, Modifiers
 from ..update.tracing import evaluate
 from . import foreign
-from .states import check_own, check_roots, refuse_inside
+from .states import check_own, check_roots, parts, refuse_inside
 
 OWN = "_mlx_adagrad"
 
@@ -71,14 +73,27 @@ class Wrapper(Configurable, Optimizer):
     def state(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         _assign(self.optimizer, state["inner"])
-        fill(self._own, {**self._fresh(), **(state.get(OWN) or {})})
+        fill(self._own, {**self._fresh(), **self._own_of(state)})
         self._state["inner"] = self.optimizer.state
+        self._initialized = False
+
+    def _own_of(self, state: dict[str, Any]) -> Any:
+        """The wrapper's own entries in a state, with the names of the parameters as they are here."""
+        own = state.get(OWN) or {}
+        by_parameter = {key for key, entries in self._fresh().items() if isinstance(entries, dict)}
+        if not isinstance(own, dict):
+            return own
+        flat = {key: dict(flat_entries(own[key])) for key in by_parameter if isinstance(own.get(key), dict)}
+        return {**own, **{key: with_names(entries, self._own[key]) for key, entries in flat.items()}}
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, dict) or not isinstance(state.get("inner"), dict):
             raise ValueError(f"[{self._name}] 'state' must be a dict with 'inner', the inner optimizer's state.")
         _check(self.optimizer, state["inner"])
-        check_own(self._name, state.get(OWN) or {}, self._fresh(), self._own)
+        check_own(self._name, self._own_of(state), self._fresh(), self._own)
+
+    def _compared(self, known: Known) -> Comparison:
+        return compare_own(self._own, self._fresh(), known)
 
     @property
     def step(self) -> mx.array:
@@ -116,8 +131,14 @@ class Wrapper(Configurable, Optimizer):
 
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, the inner optimizer's and the wrapper's own."""
+        self._settle(parameters)
         foreign.init(self.optimizer, parameters)
-        self._initialized = True
+
+    def _settle(self, parameters: Any, gradients: Any = None) -> None:
+        """Compare new state with the parameters, all that is inside included, before anything advances."""
+        new = [part for part in parts(self) if not part._initialized]
+        if new:
+            settle(new, parameters, gradients)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         """Return the updated parameters, a tree in the shape of ``gradients``.
@@ -128,6 +149,7 @@ class Wrapper(Configurable, Optimizer):
         """
         if self._is_idle(gradients):
             return {}
+        self._settle(parameters, gradients)
         return self.apply_modified(gradients, parameters, UNMODIFIED)
 
     def _is_idle(self, gradients: Any) -> bool:
@@ -209,5 +231,5 @@ def _assign(optimizer: Optimizer, state: dict[str, Any]) -> None:
             _assign(inner, part)
     else:
         own = optimizer.state
-        fill(own, state)
+        fill(own, restored(state, own))
         optimizer.state = own  # its setter may note that there is something new

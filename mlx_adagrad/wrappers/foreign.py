@@ -24,7 +24,8 @@ def init(optimizer: Optimizer, parameters: Any) -> None:
         for part, inner in zip(_split(optimizer, parameters), optimizer.optimizers, strict=True):
             init(inner, part)
     else:
-        optimizer.init(tree_map(lambda w: w.astype(mx.float32) if _is_narrow(w) else w, parameters))
+        wide = tree_map(lambda w: w.astype(mx.float32) if _is_narrow(w) else w, parameters)
+        optimizer.init(pruned(wide, named=False))
 
 
 def _split(optimizer: MultiOptimizer, tree: Any) -> list[Any]:
@@ -109,7 +110,8 @@ def _only(modifiers: Modifiers, leaves: set[Keys]) -> Modifiers:
 
 
 def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[Keys, Any]:
-    seen = mapped(lambda keys, g: _seen(optimizer, keys, g, find(parameters, keys), modifiers), pruned(gradients))
+    plain = pruned(gradients, named=False)
+    seen = mapped(lambda keys, g: _seen(optimizer, keys, g, find(parameters, keys), modifiers), plain)
     if any(is_absent(find(optimizer.state, keys)) for keys, _ in present(seen)):
         optimizer.init(seen)  # the optimizer itself asks only once, and there must be an old state to fall back to
     with _schedules_at(optimizer, modifiers.calls):

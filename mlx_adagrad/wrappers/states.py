@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,23 @@ def refuse_inside(owner: str, optimizer: Optimizer, within: bool = False) -> Non
             refuse_inside(owner, part, True)
     elif isinstance(getattr(inner, "optimizer", None), Optimizer):
         refuse_inside(owner, inner.optimizer, within)
+
+
+def parts(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and those inside it, the outermost first; a MultiOptimizer has no state of its own."""
+    if isinstance(optimizer, MultiOptimizer):
+        for inner in optimizer.optimizers:
+            yield from parts(inner)
+        return
+    yield optimizer
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        yield from parts(optimizer.optimizer)
+
+
+def expect_new_state(optimizer: Any) -> None:
+    """Let the next step compare the state of an optimizer of ours, and of those inside, with its parameters."""
+    for part in parts(optimizer) if hasattr(optimizer, "_compared") else ():
+        part._initialized = False
 
 
 def check_roots(owner: str, state: Any, current: dict[str, Any]) -> None:

@@ -1,0 +1,216 @@
+"""State from outside against the parameters: before the first step that follows, all that does not fit is named.
+
+Finding which parameter it belongs to is :mod:`mlx_adagrad.matching`'s part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+
+from .leaves import RESERVED, check_state
+from .matching import Before, Known, Slots, leftover
+from .trees import CONTAINERS, children, dotted, fill, old_name
+from .update.accumulators import COMPUTE_DTYPE, Dense, wide_dtype
+from .update.tracing import evaluate
+
+INTEGERS = (mx.uint64, mx.int64, mx.uint32, mx.int32)
+
+
+class Comparison(NamedTuple):
+    """What a comparison found.
+
+    Args:
+        tree: A part of the state.
+        new: What is to become of it.
+        problems: What does not fit.
+        leftovers: What belongs to no parameter.
+    """
+
+    tree: dict[str, Any]
+    new: dict[str, Any]
+    problems: list[Exception]
+    leftovers: list[Exception]
+
+
+def settle(optimizers: Iterable[Any], parameters: Any, gradients: Any = None) -> None:
+    """Compare the states of ``optimizers`` with the parameters and put them into their shape.
+
+    Args:
+        optimizers: The outermost first.
+        parameters: The parameters that exist. State of others is refused where the gradients are given.
+        gradients: Those of the coming step.
+
+    Raises:
+        ValueError: If anything does not fit, with all that does not. Nothing has changed then.
+        TypeError: If only one thing does not fit, which is of another type.
+    """
+    known = Known(parameters, gradients)
+    found = [(optimizer, _compared(optimizer, known)) for optimizer in optimizers]
+    problems: list[tuple[str, Exception]] = []
+    for optimizer, comparison in found:
+        wrong = comparison.problems + ([] if gradients is None and not _moved(comparison) else comparison.leftovers)
+        problems += [(type(optimizer).__name__, problem) for problem in wrong]
+    if len(problems) == 1:
+        owner, problem = problems[0]
+        raise type(problem)(f"[{owner}] {problem}")
+    if problems:
+        lines = "".join(f"\n  [{owner}] {problem}" for owner, problem in problems)
+        raise ValueError(f"[{problems[0][0]}] the state does not fit the parameters:{lines}")
+    for optimizer, comparison in found:
+        if _moved(comparison):
+            fill(comparison.tree, comparison.new)
+        if hasattr(optimizer, "_compared"):  # those of MLX make what is missing at the first step
+            optimizer._initialized = not comparison.leftovers
+
+
+def _moved(comparison: Comparison) -> bool:
+    return comparison.new is not comparison.tree
+
+
+def _compared(optimizer: Any, known: Known) -> Comparison:
+    return optimizer._compared(known) if hasattr(optimizer, "_compared") else compare_stock(optimizer, known)
+
+
+def restored(state: Any, before: Any) -> Any:
+    """``state`` in the shape of the state before it, where it has the same paths; else as it is."""
+    slots = Slots(state, Before(before))
+    fits = not slots.unknown and all(isinstance(entries, dict) for entries in slots.found.values())
+    return slots.tree(state) if fits else state
+
+
+def compare(
+    state: dict[str, Any], known: Known, accumulator: Dense, schedules: Iterable[str], extra: bool
+) -> Comparison:
+    """Compare the state of an Adagrad, but for its groups.
+
+    Args:
+        state: The state.
+        known: The parameters.
+        accumulator: How ``v`` is stored.
+        schedules: Names that may be at the root besides.
+        extra: Whether a subclass keeps more for a parameter than ``v`` and a step count.
+    """
+    problems = [*_roots(state, ("step", "learning_rate"))]
+    slots = Slots(state, known, (*RESERVED, *schedules))
+    for keys, entries in slots.found.items():
+        try:
+            check_state(accumulator, known.arrays[keys], entries, dotted(keys))
+        except (TypeError, ValueError) as error:
+            problems.append(type(error)(str(error).removeprefix("[Adagrad] ")))
+        unknown = [] if extra or not isinstance(entries, dict) else [key for key in entries if key not in ("v", "step")]
+        problems += [ValueError(f"the state {key!r} of '{dotted(keys)}' is none of an Adagrad.") for key in unknown]
+    new = slots.tree(state)
+    if not problems and state["learning_rate"].ndim:  # MLX's own keeps one of shape (1,) as it was given
+        new = {**new, "learning_rate": state["learning_rate"].reshape(())}
+        evaluate(new["learning_rate"])
+    return Comparison(state, new, problems, slots.leftovers())
+
+
+def compare_stock(optimizer: Optimizer, known: Known) -> Comparison:
+    """Compare the state of an optimizer of MLX with what it would make itself."""
+    state: Any = optimizer.state
+    roots = [key for key, value in state.items() if not isinstance(value, CONTAINERS)]
+    slots = Slots(state, known, roots)
+    problems = [*_roots(state, ("step",))]
+    for keys, entries in slots.found.items():
+        problems += _stock_problems(optimizer, known.arrays[keys], entries, dotted(keys))
+    return Comparison(state, slots.tree(state), problems, slots.leftovers())
+
+
+def _stock_problems(optimizer: Optimizer, w: mx.array, entries: Any, path: str) -> Iterator[Exception]:
+    fresh: dict[str, Any] = {}
+    try:
+        optimizer.init_single(w, fresh)
+    except Exception:  # an optimizer of the user's, which may make its state in any way
+        return
+    for key, like in fresh.items():
+        value = entries.get(key) if isinstance(entries, dict) else None
+        if value is None:
+            yield ValueError(f"the state of '{path}' has no {key!r}.")
+        elif isinstance(like, mx.array) and getattr(value, "shape", None) != like.shape:
+            got = getattr(value, "shape", type(value).__name__)
+            yield ValueError(f"the state {key!r} of '{path}' has shape {got} but must have {like.shape}.")
+
+
+def compare_own(own: dict[str, Any], fresh: dict[str, Any], known: Known) -> Comparison:
+    """Compare a wrapper's own entries.
+
+    Args:
+        own: The entries.
+        fresh: What they are before the first step: a dict for what goes with parameters.
+        known: The parameters.
+    """
+    new, problems, leftovers = dict(own), [], []
+    for key, entries in own.items():
+        if not isinstance(fresh.get(key), dict) or not entries:
+            continue
+        renamed = new[key] = with_names(entries, known.names)
+        for name, value in renamed.items():
+            keys = known.names.get(name)
+            if keys is None or known.arrays[keys].dtype not in COMPUTE_DTYPE:
+                leftovers.append(leftover(f"{key}{name}"))
+            else:
+                problems += _own_problems(f"{key!r} of '{dotted(keys)}'", value, known.arrays[keys])
+    return Comparison(own, own if all(new[key] is own[key] for key in own) else new, problems, leftovers)
+
+
+def _own_problems(what: str, value: Any, w: mx.array) -> Iterator[Exception]:
+    if isinstance(value, dict | list) and _is_row_sum(value):
+        for part in value if isinstance(value, list) else [value]:
+            rows = part["values"].shape[part["indices"].ndim :]
+            if rows != w.shape[1:]:
+                yield ValueError(f"{what} of the state has rows of shape {rows} but must have {w.shape[1:]}.")
+    elif not isinstance(value, mx.array):
+        yield TypeError(f"{what} of the state must be an array but got {type(value).__name__}.")
+    elif value.shape != w.shape:
+        yield ValueError(f"{what} of the state has shape {value.shape} but must have {w.shape}.")
+    elif value.dtype != wide_dtype(w):
+        yield ValueError(f"{what} of the state is {value.dtype} but must be {wide_dtype(w)}.")
+
+
+def flat_entries(entries: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A wrapper's entries by name: names of version 0.1 have dots, at which MLX's strings are taken apart."""
+    for key, value in children(entries):
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict | list) and not _is_row_sum(value):
+            yield from flat_entries(value, where)
+        else:
+            yield where, value
+
+
+def _is_row_sum(value: Any) -> bool:
+    """Whether an entry is a sum of row-sparse gradients: one part, or a list of parts."""
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, dict) and part.keys() == {"indices", "values"} for part in parts)
+
+
+def with_names(entries: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A wrapper's entries under these names, where they have those of version 0.1, which knew no escapes."""
+    names = dict.fromkeys(names)
+    if all(key in names for key in entries):
+        return entries
+    meant: dict[str, list[str]] = {}
+    for new in names:
+        if new not in entries:
+            meant.setdefault(old_name(new), []).append(new)
+    one = {old: new[0] for old, new in meant.items() if len(new) == 1 and old in entries and old not in names}
+    return {one.get(key, key): value for key, value in entries.items()} if one else entries
+
+
+def _roots(state: Any, wanted: Iterable[str]) -> Iterator[Exception]:
+    """What is wrong with the count of steps and the learning rate."""
+    for key in wanted:
+        value = state.get(key)
+        if key not in state:
+            yield ValueError(f"the state has no {key!r}.")
+        elif not isinstance(value, mx.array):
+            yield TypeError(f"{key!r} of the state must be an array but got {type(value).__name__}.")
+        elif value.size != 1 or value.ndim > (key != "step"):
+            yield ValueError(f"{key!r} of the state has shape {value.shape} but must have ().")
+        elif value.dtype not in INTEGERS if key == "step" else not mx.issubdtype(value.dtype, mx.floating):
+            wanted = "uint64" if key == "step" else "float32"
+            yield ValueError(f"{key!r} of the state is {value.dtype} but must be {wanted}.")
