@@ -9,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import checks
-from ..sparse.gradient import RowSparse, canonical, evaluate
+from ..sparse.gradient import RowSparse, canonical
 from ..trees import Keys, mapped, present
+from ..update.tracing import evaluate
 from .sharding import Sharded, is_sharded
 
 OWNER = "average_gradients"
