@@ -6,6 +6,7 @@ from .export import export_step, load_step
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .sparse.trainers import sparse_gradients
+from .stand_in import stand_in
 from .update.accumulators import Dense, RowWise
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "export_step",
     "load_step",
     "sparse_gradients",
+    "stand_in",
     "value_and_grad",
     "__version__",
 ]

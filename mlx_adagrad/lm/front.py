@@ -98,8 +98,6 @@ def _optimizer(lora: Any, args: Any) -> Any:
     if str(args.optimizer).lower() != NAME:
         return None
     config = args.optimizer_config.get(NAME) if isinstance(args.optimizer_config, dict) else args.optimizer_config
-    if options.sparse_embedding(config) and args.fine_tune_type != "full":
-        raise ValueError(f"[{options.OWNER}] '{options.SPARSE}' needs fine_tune_type: full.")
 
     def schedule(described: Any) -> Any:
         try:
@@ -108,7 +106,10 @@ def _optimizer(lora: Any, args: Any) -> Any:
             raise ValueError(f"[{options.OWNER}] mlx-lm cannot build the schedule {described!r}: {error!r}.") from error
 
     rate = schedule(args.lr_schedule) if args.lr_schedule else args.learning_rate
-    return options.optimizer_of(config, rate, schedule)
+    optimizer = options.optimizer_of(config, rate, schedule)
+    if options.sparse_embedding(config) and args.fine_tune_type != "full":
+        raise ValueError(f"[{options.OWNER}] '{options.SPARSE}' needs fine_tune_type: full.")
+    return optimizer
 
 
 def _numbers(args: Any) -> dict[str, Any]:
