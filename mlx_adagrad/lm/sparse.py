@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..sparse.embedding import SparseEmbedding, value_and_grad
+from ..sparse.embedding import SparseEmbedding
+from ..sparse.trainers import sparse_gradients
 
 
 @contextmanager
@@ -31,9 +32,5 @@ def embedding(model: nn.Module, args: Any) -> Iterator[None]:
         raise ValueError(f"{what}: mlx-lm cannot average row-sparse gradients over machines.")
     for table in tables:
         SparseEmbedding.from_embedding(table).unfreeze()
-    real = nn.value_and_grad
-    nn.value_and_grad = value_and_grad
-    try:
+    with sparse_gradients():
         yield
-    finally:
-        nn.value_and_grad = real
