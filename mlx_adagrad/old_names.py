@@ -32,4 +32,4 @@ class OldNames(MetaPathFinder, Loader):
         sys.modules[name] = importlib.import_module(f".{NEW_NAMES[name.partition('.')[2]]}", __package__)
 
 
-sys.meta_path.append(OldNames())
+sys.meta_path.insert(0, OldNames())  # a folder that is now another's would be found a second time otherwise

@@ -78,6 +78,7 @@ def load(
     live = {"optimizer": optimizer.state} | ({} if model is None else {"model": _parameters(model)})
     with _opened(path) as (entries, metadata):
         saved = _unpack(entries, metadata)
+        saved["optimizer"] = trees.renamed(saved["optimizer"], optimizer.state)
         if model is not None and saved["model"] is None:
             raise ValueError("it was saved without a model")
         problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []

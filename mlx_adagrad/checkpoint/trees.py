@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..leaves import RESERVED
+from ..state_checks import with_names
+from ..trees import sequence
 from .safetensors import Entry, entry_of
 
 SHOWN = 10  # problems that an error message lists
@@ -60,6 +62,20 @@ def unpack(structure: Structure, entries: dict[str, Entry]) -> Any:
     return entries.pop(structure)
 
 
+def renamed(saved: Any, live: Any) -> Any:
+    """The saved tree, with the names of version 0.1 in wrappers' own entries as they are in the live one."""
+    if isinstance(saved, list) and isinstance(live, list):
+        return [renamed(*pair) for pair in zip(saved, live, strict=True)] if len(saved) == len(live) else saved
+    if not isinstance(saved, dict) or not isinstance(live, dict):
+        return saved
+    own, here = saved.get(OWN), live.get(OWN)
+    if isinstance(own, dict) and isinstance(here, dict):
+        both = [key for key in own if isinstance(own[key], dict) and isinstance(here.get(key), dict)]
+        saved = {**saved, OWN: {**own, **{key: with_names(own[key], here[key]) for key in both}}}
+    inside = {key: renamed(saved[key], live[key]) for key in ("inner", "states") if key in saved and key in live}
+    return {**saved, **inside}
+
+
 def mismatches(saved: Any, live: Any, path: str, fresh: bool = False) -> Iterator[str]:
     """Where the saved tree of entries does not fit the live tree of arrays, in words; a fresh one takes all."""
     if isinstance(saved, Entry) and isinstance(live, mx.array):
@@ -105,7 +121,7 @@ def fill(live: Any, new: Any) -> Any:
         for i, child in enumerate(new):
             live[i : i + 1] = [fill(live[i] if i < len(live) else None, child)]
     elif isinstance(live, tuple) and isinstance(new, list):
-        return tuple(fill(old, child) for old, child in zip_longest(live, new[: len(live)]))
+        return sequence(type(live), (fill(old, child) for old, child in zip_longest(live, new[: len(live)])))
     else:
         return live if live is not None and is_empty(new) else new
     return live
