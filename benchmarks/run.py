@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dense
+import distributed
 import rows
 from report import bullets, machine, options
 
-SCRIPTS = (dense, rows)
+SCRIPTS = (dense, rows, distributed)
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def work(rows: int, steps: int, draws: int) -> None:
         "kilobytes": sent / 1e3 if ranks > 1 else 0.0,
         "dense_kilobytes": 4 * sum(w.size for _, w in arrays(model)) / 1e3,
         "rmse": rmse(model, *held_out),
-        "bits": int(sum(mx.sum(w.view(mx.uint32).astype(mx.uint64)).item() for _, w in arrays(model)) % 2**32),
+        "bits": sum(int(mx.sum(w.view(mx.uint32).astype(mx.uint64))) for _, w in arrays(model)) % 2**32,
     }
     print(json.dumps(result), flush=True)
 

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(5,), (3, 4)]
+WRITTEN = ["dense.json", "dense.png", "distributed.json", "rows.json", "rows.png"]
 MLX_CANDIDATES = ["stock eager", "stock compiled", "ours eager", "ours compiled"]
 
 
@@ -267,7 +268,7 @@ def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
     for name in ("dense.png", "rows.png"):
         png = (tmp_path / "out" / name).read_bytes()
         assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["dense.json", "dense.png", "rows.json", "rows.png"]
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == WRITTEN
 
 
 def test_a_mechanism_is_off_only_in_the_steps_without_it(benchmark):

@@ -100,3 +100,16 @@ def test_a_table_of_one_process_is_whole():
 def test_what_cannot_be_sharded():
     with pytest.raises(TypeError, match="can be sharded, not QuantizedEmbedding"):
         shard_embedding(nn.QuantizedEmbedding(32, 64))  # type: ignore[arg-type]
+
+
+def test_the_example_trains_in_two_processes(tmp_path):
+    example = ROOT / "examples" / "distributed.py"
+    options = ["--rows", "2000", "--steps", "8", "--draws", "5000", "--port", free_ports(1)[0], "--out", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, example, *map(str, options)], capture_output=True, text=True, env=environment, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line[:11] for line in lines[:3]] == ["rank 0 of 1", "rank 0 of 2", "rank 1 of 2"]
+    assert (tmp_path / "distributed.png").stat().st_size > 10_000
