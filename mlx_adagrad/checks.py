@@ -108,6 +108,16 @@ def positive_integer(owner: str, name: str, value: Any) -> int:
     return number
 
 
+def integer_between(owner: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return ``value`` as an int in [low, high] (None: no limit), or raise ValueError or TypeError naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"[{owner}] '{name}' must be an integer but got {value!r}.")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"[{owner}] '{name}' must be {allowed} but got {value}.")
+    return int(value)
+
+
 def boolean(owner: str, name: str, value: Any) -> bool:
     """Return ``value`` if it is a bool, or raise TypeError: 0 and "False" are mistakes here."""
     if not isinstance(value, bool):
