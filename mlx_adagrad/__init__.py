@@ -7,13 +7,14 @@ from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .sparse.trainers import sparse_gradients
 from .stand_in import stand_in
-from .update.accumulators import Dense, RowWise
+from .update.accumulators import Dense, Quantized, RowWise
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adagrad",
     "Dense",
+    "Quantized",
     "RowSparse",
     "RowWise",
     "SparseEmbedding",

@@ -17,7 +17,7 @@ from .matching import Known
 from .rates import LearningRate
 from .state import State
 from .state_checks import Comparison, compare, restored, settle
-from .trees import Keys, fill, optimizable
+from .trees import Keys, optimizable
 from .update.accumulators import Dense
 from .update.modifiers import UNMODIFIED, Modifiers
 from .update.rule import Rule
@@ -56,7 +56,8 @@ class Adagrad(Configurable, Optimizer):
         initial_accumulator_value (float): What :math:`v` starts from, :math:`\ge 0`. Default: ``0.0``.
         maximize (bool): Ascend; weight decay still shrinks. Default: ``False``.
         eps_inside_sqrt (bool): Divide by :math:`\sqrt{v + \epsilon}` (Keras 3, optax). Default: ``False``.
-        accumulator (Dense or RowWise, optional): How :math:`v` is stored. Default: :class:`~mlx_adagrad.Dense`.
+        accumulator (Dense, RowWise or Quantized, optional): How :math:`v` is stored. Default:
+            :class:`~mlx_adagrad.Dense`.
         fused (bool, optional): ``None``: the Metal kernel when the default device is the GPU, asked at each call, else
             MLX operations; ``False``: always operations; ``True``: the kernel or a RuntimeError. The kernel takes no
             ``mx.vmap`` and no ``mx.compile(shapeless=True)``: use ``False`` there. Default: ``None``.
@@ -69,9 +70,16 @@ class Adagrad(Configurable, Optimizer):
         weight_decay_mask (callable, optional): ``(path, array) -> bool``: whether to decay it. Default: ``None``.
         lazy (bool): A :class:`~mlx_adagrad.RowSparse` gradient changes, and decays, only the rows that it names.
             ``False``: it means the dense gradient, whose zeros let the other rows decay too. Default: ``True``.
+        rounding (str): How new fp16 and bf16 weights are rounded (others are not). ``"nearest"`` loses every update
+            below half a unit in the last place; ``"stochastic"`` rounds up or down at random such that the mean is
+            exact; ``"compensated"`` keeps what was lost in one more array of the weight's dtype. Default:
+            ``"nearest"``.
+        rounding_seed (int, optional): The seed of the random bits of ``rounding`` and ``accumulator``, 0 to 2^64 - 1;
+            it is part of the state. Default: drawn from ``mx.random`` if there are any.
 
     Raises:
-        ValueError: For a negative, infinite or NaN hyperparameter, and for ``eps`` 0 where ``v`` starts from 0.
+        ValueError: For a negative, infinite or NaN hyperparameter, an unknown ``rounding``, and for ``eps`` 0 where
+            ``v`` starts from 0.
         TypeError: For what is no number (a bool is none), no bool or no accumulator.
 
     Differs from :class:`mlx.optimizers.Adagrad`: :math:`v` is fp32 for half-precision parameters and the result keeps
@@ -79,6 +87,7 @@ class Adagrad(Configurable, Optimizer):
     gradient. From torch's: a gradient of 0 never gives NaN, and one step count serves all parameters.
     """
 
+    rounding = "nearest"  # of optimizers pickled before there was a choice
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
     def __init__(
@@ -98,6 +107,8 @@ class Adagrad(Configurable, Optimizer):
         groups: Iterable[dict[str, Any]] | None = None,
         weight_decay_mask: Predicate | None = None,
         lazy: bool = True,
+        rounding: str = "nearest",
+        rounding_seed: int | None = None,
     ):
         if checks.real("Adagrad", "eps", eps) <= 0 and (eps < 0 or not initial_accumulator_value):
             raise ValueError(f"[Adagrad] 'eps' should be >0 unless initial_accumulator_value is, but got {float(eps)}.")
@@ -111,7 +122,8 @@ class Adagrad(Configurable, Optimizer):
             maximize=maximize,
         )
         parsed = Groups(rule, groups, weight_decay_mask, eps_must_be_positive=True)
-        self._setup(learning_rate, Options.checked(accumulator, parsed, fused, differentiable, lazy))
+        options = Options.checked(accumulator, parsed, fused, differentiable, lazy, rounding)
+        self._setup(learning_rate, options, rounding_seed)
 
     @classmethod
     def from_rule(
@@ -123,22 +135,24 @@ class Adagrad(Configurable, Optimizer):
         optimizer._setup(learning_rate, Options.checked(accumulator, groups, None, False, lazy))
         return optimizer
 
-    def _setup(self, learning_rate: LearningRate, options: Options) -> None:
+    def _setup(self, learning_rate: LearningRate, options: Options, seed: int | None = None) -> None:
         rate = rates.parse("Adagrad", "learning_rate", learning_rate)
         super().__init__()
         self.rule = options.groups.default
         self.accumulator, self.groups = options.accumulator, options.groups
         self.fused, self.differentiable, self.lazy = options.fused, options.differentiable, options.lazy
+        self.rounding = options.rounding
         self._bookkeeping.set_rate(rate)
+        self._bookkeeping.set_seed(seed)
         self.groups.states(self.state)
 
     @property
     def _options(self) -> Options:
-        return Options(self.accumulator, self.groups, self.fused, self.differentiable, self.lazy)
+        return Options(self.accumulator, self.groups, self.fused, self.differentiable, self.lazy, self.rounding)
 
     @property
     def _bookkeeping(self) -> State:
-        return State(self.state, self._schedulers, self.groups, self.init_single)
+        return State(self.state, self._schedulers, self.groups, self.init_single, self._options.storage)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -154,7 +168,7 @@ class Adagrad(Configurable, Optimizer):
             raise TypeError(f"[Adagrad] 'state' must be a dict but got {type(state).__name__}.")
         self._initialized = False
         if state is not self._state:
-            fill(self._state, restored(state, self._state))
+            self._bookkeeping.replace(restored(state, self._state))
 
     @property
     def eps(self) -> float:
@@ -184,7 +198,7 @@ class Adagrad(Configurable, Optimizer):
 
     def _compared(self, known: Known) -> Comparison:
         extra = type(self).init_single is not Adagrad.init_single
-        found = compare(self.state, known, self.accumulator, self._schedulers, extra)
+        found = compare(self.state, known, self._options.storage, self._schedulers, extra)
         return found._replace(problems=[*found.problems, *self.groups.problems(self.state)])
 
     def init(self, parameters: dict) -> None:
@@ -194,12 +208,12 @@ class Adagrad(Configurable, Optimizer):
         """
         settle([self], parameters)
         state = self._bookkeeping
-        for leaf in collect(optimizable(parameters), parameters, state.tree, self.accumulator):
+        for leaf in collect(optimizable(parameters), parameters, state.tree, state.storage):
             state.of_leaf(leaf, parameters)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Give one parameter its state: ``v``, and a step count where the rule counts for each parameter."""
-        state["v"] = self.accumulator.init(parameter, self.rule.initial_accumulator_value)
+        state.update(self._options.storage.initial(parameter, self.rule.initial_accumulator_value))
         if self.rule.step_per_parameter:
             state["step"] = mx.array(0, mx.uint64)
 
@@ -227,13 +241,14 @@ class Adagrad(Configurable, Optimizer):
         self.groups.check_matches(parameters)
         if not self._initialized:  # or there is new state
             settle([self], parameters, gradients)
-        leaves = collect(gradients, parameters, state.tree, self.accumulator, options.leaf_check)
+        leaves = collect(gradients, parameters, state.tree, state.storage, options.leaf_check)
         if modifiers.apply is False:
             return leaves.rebuilt(leaves.parameters)
         self.groups.resolve_all(leaves)
         rates = state.scheduled_rates(modifiers)
         states = state.of_leaves(leaves, gradients)
-        dispatch = Dispatch(options, state.advance(rates, self.accumulator, modifiers), use_kernels)
+        step = state.advance(rates, modifiers)
+        dispatch = Dispatch(options, step, use_kernels, state.keys(step.before))
         if type(self).apply_single is not Adagrad.apply_single:  # MLX's documented point of extension
             return leaves.rebuilt(self._update_singly(leaves, states, dispatch))
         return leaves.rebuilt(dispatch.update_all(leaves, states))
@@ -243,9 +258,10 @@ class Adagrad(Configurable, Optimizer):
         if self._in_progress is not None:  # a subclass has overridden this and calls it for a leaf of a step
             keys, dispatch = self._in_progress
             return dispatch.update((gradient, parameter, state, keys), state)
-        options = self._options
-        step = Step(self.accumulator, self._bookkeeping.rate, mx.maximum(self.step, 1) - 1, UNMODIFIED)
-        return Dispatch(options, step, options.use_kernels()).update((gradient, parameter, state, ()), state)
+        options, bookkeeping = self._options, self._bookkeeping
+        step = Step(self.accumulator.plain, bookkeeping.rate, mx.maximum(self.step, 1) - 1, UNMODIFIED)
+        dispatch = Dispatch(options, step, options.use_kernels(), bookkeeping.keys(step.before))
+        return dispatch.update((gradient, parameter, state, ()), state)
 
     def _update_singly(self, leaves: Leaves, states: Sequence[dict], dispatch: Dispatch) -> list[mx.array]:
         def update(leaf: Leaf, state: dict) -> mx.array:

@@ -109,13 +109,14 @@ def positive_integer(owner: str, name: str, value: Any) -> int:
 
 
 def integer_between(owner: str, name: str, value: Any, low: int, high: int | None = None) -> int:
-    """Return ``value`` as an int in [low, high] (None: no limit), or raise ValueError or TypeError naming the argument."""
+    """Return ``value`` as an int in [low, high] (None: no limit), or raise naming the argument."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"[{owner}] '{name}' must be an integer but got {value!r}.")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"[{owner}] '{name}' must be {allowed} but got {value}.")
-    return int(value)
+        raise ValueError(f"[{owner}] '{name}' must be {allowed} but got {number}.")
+    return number
 
 
 def boolean(owner: str, name: str, value: Any) -> bool:

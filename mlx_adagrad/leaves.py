@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from .sparse.gradient import RowSparse
 from .trees import CONTAINERS, child, children, dotted, is_absent, sequence
-from .update.accumulators import COMPUTE_DTYPE, Dense
+from .update.accumulators import COMPUTE_DTYPE, EXPONENTS, Dense
+from .update.storage import Storage
 
 # Root keys of an optimizer's state; a parameter of that name at the root of a model would overwrite them.
 RESERVED = ("step", "learning_rate", "_mlx_adagrad")
@@ -101,6 +102,8 @@ class Leaves:
         dtypes = {*map(_dtype, ws)}
         if not {*map(_dtype, gs)} | dtypes <= _USUAL or {*map(type, vs)} != {mx.array}:
             return
+        if not {*map(_dtype, vs)} <= _USUAL:
+            return
         shapes = [*map(_shape, ws)]
         self.complete = shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
         self._kinds = shapes if len(dtypes) == 1 else None
@@ -119,7 +122,7 @@ class Leaves:
 
 
 def collect(
-    gradients: Any, parameters: Any, state: Any, accumulator: Dense, check: Callable[[Leaf], None] | None = None
+    gradients: Any, parameters: Any, state: Any, storage: Storage, check: Callable[[Leaf], None] | None = None
 ) -> Leaves:
     """Every leaf that has a gradient, in tree order, each checked by :func:`check_leaf`, and by ``check``.
 
@@ -131,11 +134,11 @@ def collect(
         TypeError: For a leaf that is no array.
     """
     leaves = Leaves(gradients, parameters, state)
-    if type(accumulator) is Dense:
+    if type(storage.accumulator) is Dense and storage.rounding != "compensated":
         leaves.inspect()
     if not leaves.complete:
         for leaf in leaves:
-            check_leaf(accumulator, leaf)
+            check_leaf(storage, leaf)
     if check is not None:
         for leaf in leaves:
             check(leaf)
@@ -162,7 +165,7 @@ def rebuild(gradients: Any, parameters: Any, updated: Iterable[mx.array]) -> Any
     return Leaves(gradients, parameters, None).rebuilt(updated)
 
 
-def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
+def check_leaf(storage: Storage, leaf: Leaf) -> None:
     """Raise TypeError or ValueError, naming the path, for a leaf that cannot be updated; reads no value."""
     g, w, state, keys = leaf
     path = dotted(keys)
@@ -179,22 +182,23 @@ def check_leaf(accumulator: Dense, leaf: Leaf) -> None:
     if isinstance(g, RowSparse) and w.dtype == mx.complex64:
         raise ValueError(f"[Adagrad] the gradient of '{path}' is row-sparse but the parameter complex64.")
     if state is not None and not (isinstance(state, CONTAINERS) and not state):
-        check_state(accumulator, w, state, path)
+        check_state(storage, w, state, path)
 
 
-def check_state(accumulator: Dense, w: mx.array, state: Any, path: str) -> None:
+def check_state(storage: Storage, w: mx.array, state: Any, path: str) -> None:
     """Raise TypeError or ValueError for the state of the parameter at ``path`` that cannot be its; reads no value."""
     if not isinstance(state, dict):
         raise ValueError(f"[Adagrad] the state of '{path}' must be a dict but got {type(state).__name__}.")
-    v = state.get("v")
+    v, accumulator = state.get("v"), storage.accumulator.at(w)
     if v is not None and not isinstance(v, mx.array):
         raise TypeError(f"[Adagrad] the state 'v' of '{path}' must be an array but got {type(v).__name__}.")
-    if v is not None and v.shape != accumulator.shape(w):
-        wanted = accumulator.shape(w)
-        raise ValueError(f"[Adagrad] the state 'v' of '{path}' has shape {v.shape} but must have {wanted}.")
-    if v is not None and (v.dtype not in COMPUTE_DTYPE or (mx.complex64 in (v.dtype, w.dtype) and v.dtype != w.dtype)):
-        wanted = accumulator.storage_dtype(w)
-        raise ValueError(f"[Adagrad] the state 'v' of '{path}' is {v.dtype} but must be {wanted}.")
+    if v is not None and EXPONENTS not in state and v.shape == accumulator.shape(w):
+        if v.dtype not in COMPUTE_DTYPE or (mx.complex64 in (v.dtype, w.dtype) and v.dtype != w.dtype):
+            wanted = accumulator.storage_dtype(w)
+            raise ValueError(f"[Adagrad] the state 'v' of '{path}' is {v.dtype} but must be {wanted}.")
+    if problem := storage.problem(w, state):
+        key, why = problem
+        raise ValueError(f"[Adagrad] the state '{key}' of '{path}' {why}.")
     step = state.get("step")
     if step is not None and (not isinstance(step, mx.array) or step.shape or not mx.issubdtype(step.dtype, mx.integer)):
         raise ValueError(f"[Adagrad] the state 'step' of '{path}' must be one integer but got {step!r:.40}.")

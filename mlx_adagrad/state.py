@@ -4,8 +4,16 @@
 
     {
         "step": uint64, "learning_rate": float32,                 # as in mlx.optimizers; the rate of the last step
-        "_mlx_adagrad": {"groups": [{"learning_rate": float32}, {}]},  # the rates of groups that have one
-        "layers": [{"weight": {"v": array, "step": uint64}}],     # "step" only where the rule counts per parameter
+        "_mlx_adagrad": {
+            "groups": [{"learning_rate": float32}, {}],           # the rates of groups that have one
+            "rounding_seed": uint64,                              # only where something is rounded with random bits
+        },
+        "layers": [{"weight": {
+            "v": array,
+            "exponents": array,                                   # only for a v of Quantized
+            "compensation": array,                                # only with rounding="compensated"
+            "step": uint64,                                       # only where the rule counts per parameter
+        }}],
     }
 
 The dict itself stays the same object for the life of the optimizer, and everything that changes from step to step is an
@@ -20,13 +28,17 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import checks
 from .groups import Groups
 from .leaves import Leaf, Leaves
 from .rates import Schedule, starting
-from .trees import slot
-from .update.accumulators import Dense
+from .trees import fill, slot
 from .update.modifiers import Modifiers
+from .update.rounding import LARGEST_SEED, Keys
 from .update.step import Step
+from .update.storage import Storage
+
+SEED = "rounding_seed"
 
 # Where a learning rate stands: a dict of the state, the key in it, and the rate to write there.
 Entry = tuple[dict[str, Any], str, mx.array]
@@ -41,12 +53,14 @@ class State:
         schedules: Schedules of the optimizer's own hyperparameters, by their key in the state.
         groups: The parameter groups, which may have schedules too.
         init_single: Fills the empty state of one parameter.
+        storage: How weights and state are kept.
     """
 
     tree: dict[str, Any]
     schedules: dict[str, Callable[[mx.array], Any]]
     groups: Groups
     init_single: Callable[[mx.array, dict[str, Any]], None]
+    storage: Storage
 
     @property
     def step(self) -> mx.array:
@@ -78,17 +92,43 @@ class State:
                 rates.append((entry, "learning_rate", group.lr(calls)))
         return rates
 
-    def advance(self, rates: list[Entry], accumulator: Dense, modifiers: Modifiers) -> Step:
+    def replace(self, tree: dict[str, Any]) -> None:
+        """Make the state equal to ``tree``, in place; where that has no seed, the old one stays."""
+        seed = self.tree.get("_mlx_adagrad", {}).get(SEED)
+        fill(self.tree, tree)
+        if seed is not None:
+            self.tree.setdefault("_mlx_adagrad", {}).setdefault(SEED, seed)
+
+    def set_seed(self, seed: Any) -> None:
+        """Make ``seed`` the seed of the random bits; None: one drawn from ``mx.random``.
+
+        Raises:
+            TypeError: If it is no integer.
+            ValueError: If it is negative, or has more than 64 bits.
+        """
+        if seed is not None:
+            checks.integer_between("Adagrad", "rounding_seed", seed, 0, LARGEST_SEED)
+        if self.storage.draws:
+            given = None if seed is None else mx.array(divmod(seed, 2**32), mx.int64)  # MLX takes none above 2^63
+            words = (mx.random.randint(0, 2**32, (2,), mx.int64) if given is None else given).astype(mx.uint64)
+            self.tree.setdefault("_mlx_adagrad", {})[SEED] = (words[0] << 32) | words[1]
+
+    def keys(self, step: mx.array) -> Keys:
+        """What makes random bits, after so many steps."""
+        seed = self.tree.get("_mlx_adagrad", {}).get(SEED)
+        return Keys(mx.array(0, mx.uint64) if seed is None else seed, step)
+
+    def advance(self, rates: list[Entry], modifiers: Modifiers) -> Step:
         """Write the rates and count the step, both only where the step happens."""
         for entry, name, rate in rates:
             entry[name] = rate if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, rate, entry[name])
-        step = Step(accumulator, self.rate, self.step, modifiers)
+        step = Step(self.storage.accumulator.plain, self.rate, self.step, modifiers)
         self.tree["step"] = self.step + step.counted
         return step
 
     def of_leaves(self, leaves: Leaves, gradients: Any) -> Sequence[dict[str, Any]]:
         """The state of each leaf, made where it is missing."""
-        if self.groups.default.step_per_parameter or not leaves.complete:
+        if self.groups.default.step_per_parameter or not leaves.complete or self.storage.rounding == "compensated":
             return [self.of_leaf(leaf, gradients) for leaf in leaves]
         return leaves.states
 
@@ -98,6 +138,8 @@ class State:
         state = state or slot(self.tree, gradients, keys)
         if "v" not in state:
             self.init_single(w, state)
+        else:
+            self.storage.adopt(w, state)
         if self.groups.default.step_per_parameter and "step" not in state:
             state["step"] = self.step  # state from elsewhere counted the steps of all
         return state

@@ -14,9 +14,11 @@ from mlx.optimizers import Optimizer
 from .leaves import RESERVED, check_state
 from .matching import Before, Known, Slots, leftover
 from .trees import CONTAINERS, children, dotted, fill, old_name
-from .update.accumulators import COMPUTE_DTYPE, Dense, wide_dtype
+from .update.accumulators import COMPUTE_DTYPE, wide_dtype
+from .update.storage import KEYS, Storage
 from .update.tracing import evaluate
 
+KEPT = (*KEYS, "step")  # for each parameter
 INTEGERS = (mx.uint64, mx.int64, mx.uint32, mx.int32)
 
 
@@ -83,14 +85,14 @@ def restored(state: Any, before: Any) -> Any:
 
 
 def compare(
-    state: dict[str, Any], known: Known, accumulator: Dense, schedules: Iterable[str], extra: bool
+    state: dict[str, Any], known: Known, storage: Storage, schedules: Iterable[str], extra: bool
 ) -> Comparison:
     """Compare the state of an Adagrad, but for its groups.
 
     Args:
         state: The state.
         known: The parameters.
-        accumulator: How ``v`` is stored.
+        storage: How weights and state are kept.
         schedules: Names that may be at the root besides.
         extra: Whether a subclass keeps more for a parameter than ``v`` and a step count.
     """
@@ -98,10 +100,10 @@ def compare(
     slots = Slots(state, known, (*RESERVED, *schedules))
     for keys, entries in slots.found.items():
         try:
-            check_state(accumulator, known.arrays[keys], entries, dotted(keys))
+            check_state(storage, known.arrays[keys], entries, dotted(keys))
         except (TypeError, ValueError) as error:
             problems.append(type(error)(str(error).removeprefix("[Adagrad] ")))
-        unknown = [] if extra or not isinstance(entries, dict) else [key for key in entries if key not in ("v", "step")]
+        unknown = [] if extra or not isinstance(entries, dict) else [key for key in entries if key not in KEPT]
         problems += [ValueError(f"the state {key!r} of '{dotted(keys)}' is none of an Adagrad.") for key in unknown]
     new = slots.tree(state)
     if not problems and state["learning_rate"].ndim:  # MLX's own keeps one of shape (1,) as it was given

@@ -79,6 +79,8 @@ def attributes(value: Any) -> dict[str, Any] | None:
     if isinstance(value, Adagrad):
         # not whether it is fused or differentiable: that does not change what is computed
         named = {name: getattr(value, name) for name in ("rule", "accumulator", "groups", "lazy")}
+        if value.rounding != "nearest":  # files from before there was a choice say nothing of it
+            named["rounding"] = value.rounding
     elif isinstance(value, Optimizer):
         named = {k: v for k, v in vars(value).items() if not k.startswith("_") or isinstance(v, Optimizer)}
     elif hasattr(value, "_asdict"):

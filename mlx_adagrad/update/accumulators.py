@@ -64,6 +64,11 @@ class Dense:
         return self.dtype == "bfloat16" and parameter.dtype != mx.complex64
 
     @property
+    def plain(self) -> Dense:
+        """The accumulator of those parameters whose ``v`` is rounded to nearest."""
+        return self
+
+    @property
     def draws(self) -> bool:
         """Whether ``v`` is rounded with random bits beside some parameters."""
         return self.dtype == "bfloat16"
@@ -91,7 +96,7 @@ class Dense:
         """:meth:`state` for a ``v`` that is given as it is, in any dtype."""
         dtype = self.storage_dtype(parameter)
         if self.is_random(parameter):
-            return {"v": rounding.stochastic(v, dtype, rounding.all_halves(v.shape, _fixed_key()))}
+            return {"v": rounding.stochastic(v, rounding.all_halves(v.shape, _fixed_key()), dtype)}
         return {"v": v.astype(dtype)}
 
     def problem(self, parameter: mx.array, state: dict[str, Any]) -> str | None:
@@ -195,6 +200,10 @@ class Quantized(Dense):
 
     def is_random(self, parameter: mx.array) -> bool:
         return self.quantizes(parameter)
+
+    @property
+    def plain(self) -> Dense:
+        return Dense()
 
     @property
     def draws(self) -> bool:

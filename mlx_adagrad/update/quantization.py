@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from . import rounding
 from .rounding import word
 
 # With a smaller exponent the smallest code would be no normal fp32.
@@ -70,9 +71,9 @@ class Blocks(NamedTuple):
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The rows of a tensor, along its first axis, and the elements of each; with fewer than two axes it is one row."""
-    rows = shape[0] if len(shape) > 1 else 1
-    return rows, math.prod(shape) // max(rows, 1)
+    """The rows of a tensor, along its first axis, and the elements of each."""
+    rows = shape[0] if shape else 1
+    return rows, math.prod(shape[1:])
 
 
 def exponents_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ def exponents_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     that a block covers several.
     """
     rows, columns = rows_and_columns(shape)
-    if len(shape) > 1 and columns < min(block, SHORTEST_BLOCK):
+    if columns < min(block, SHORTEST_BLOCK) and rows * columns < rounding.LONGEST_AXIS:
         return (-(-rows // (block // columns)),)
     return rows, -(-columns // block)
 
@@ -88,11 +89,9 @@ def exponents_shape(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
 def fits(shape: tuple[int, ...], exponents: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape can have exponents of that shape, with some size of blocks."""
     rows, columns = rows_and_columns(shape)
-    if rows * columns == 0 or len(exponents) not in (1, 2):
+    if rows * columns == 0 or len(exponents) not in (1, 2) or (len(exponents) == 2 and exponents[0] != rows):
         return False
     blocks, units = exponents[-1], rows if len(exponents) == 1 else columns
-    if len(exponents) == 2 and exponents[0] != rows or len(exponents) == 1 and len(shape) < 2:
-        return False
     return 0 < blocks <= units and -(-units // -(-units // blocks)) == blocks
 
 

@@ -12,12 +12,15 @@ Everything is integer arithmetic on 32-bit words; ``metal/rounding.metal`` is it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from hashlib import blake2b
 from typing import Any
 
 import mlx.core as mx
+
+from .compiled import compiled
 
 MODES = ("nearest", "stochastic", "compensated")
 
@@ -29,6 +32,7 @@ PHILOX_ROUNDS = 10
 LOWBIAS = (0x7FEB352D, 0x846CA68B)
 
 LARGEST_SEED = 2**64 - 1
+LONGEST_AXIS = 2**31  # MLX counts the elements of an axis in int32
 
 
 def word(value: int) -> mx.array:
@@ -83,10 +87,11 @@ class Keys:
         return self._keys[path]
 
 
+@compiled
 def _table(seed: mx.array, step: mx.array, parameters: mx.array) -> mx.array:
     step_words = (mx.broadcast_to(half(step), parameters.shape[:1]) for half in (_low, _high))
     counter = (parameters[:, 0], parameters[:, 1], *step_words)
-    return mx.stack(philox(counter, (_low(seed), _high(seed))), axis=-1)
+    return mx.stack([*philox(counter, (_low(seed), _high(seed)))], axis=-1)
 
 
 @cache
@@ -112,22 +117,32 @@ def halves(index: mx.array, key: mx.array) -> mx.array:
 
 def all_halves(shape: tuple[int, ...], key: mx.array) -> mx.array:
     """:func:`halves` of all elements of a tensor, each word made once."""
-    size = 1
-    for length in shape:
-        size *= length
+    size = math.prod(shape)
+    if size >= LONGEST_AXIS:
+        return halves(numbers(shape), key)
     bits = words(mx.arange((size + 1) // 2, dtype=mx.uint32), key).view(mx.uint16)
     return (bits if size % 2 == 0 else bits[:size]).reshape(shape).astype(mx.uint32)
 
 
 def all_words(shape: tuple[int, ...], key: mx.array) -> mx.array:
     """:func:`words` of all elements of a tensor."""
-    size = 1
-    for length in shape:
-        size *= length
-    return words(mx.arange(size, dtype=mx.uint32), key).reshape(shape)
+    return words(numbers(shape), key)
 
 
-def stochastic(x: mx.array, dtype: mx.Dtype, bits: mx.array) -> mx.array:
+def numbers(shape: tuple[int, ...]) -> mx.array:
+    """The number of each element of a tensor, row after row, modulo 2^32."""
+    if math.prod(shape) < LONGEST_AXIS:
+        return mx.arange(math.prod(shape), dtype=mx.uint32).reshape(shape)
+    return rows_of_numbers(mx.arange(shape[0], dtype=mx.uint32), shape)
+
+
+def rows_of_numbers(rows: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """:func:`numbers` of some rows, along the first axis, of a tensor of this shape."""
+    inside = numbers(shape[1:]) if len(shape) > 1 else mx.zeros((), mx.uint32)
+    return rows.astype(mx.uint32).reshape(-1, *(1,) * (len(shape) - 1)) * word(math.prod(shape[1:]) % 2**32) + inside
+
+
+def stochastic(x: mx.array, bits: mx.array, dtype: mx.Dtype) -> mx.array:
     """``x`` in fp16 or bf16: one of its two neighbours, each with the probability that makes the mean exact.
 
     What the dtype holds stays as it is; NaN and infinity too. Beyond the largest finite number the nearest is taken, so
@@ -135,8 +150,8 @@ def stochastic(x: mx.array, dtype: mx.Dtype, bits: mx.array) -> mx.array:
 
     Args:
         x: fp32 (fp64 is rounded to it first).
-        dtype: ``mx.float16`` or ``mx.bfloat16``.
         bits: 16 random bits for each element, in uint32.
+        dtype: ``mx.float16`` or ``mx.bfloat16``.
     """
     x = x.astype(mx.float32).view(mx.uint32)
     return (_to_bfloat16(x, bits) if dtype == mx.bfloat16 else _to_float16(x, bits)).view(dtype)
@@ -163,7 +178,7 @@ def _to_float16(x: mx.array, bits: mx.array) -> mx.array:
 
 
 def shifted(magnitude: mx.array, shift: mx.array, bits: mx.array) -> mx.array:
-    """The mantissa of an fp32 without its last ``shift`` (at least 1) bits, rounded up with the probability that they say.
+    """The mantissa of an fp32 without its last ``shift`` >= 1 bits, rounded up with the probability that they say.
 
     Args:
         magnitude: The bits of a number >= 0; one that is not normal counts as 0.
