@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -63,7 +64,7 @@ class Options:
         accumulator = accumulator or Dense()
         return cls(accumulator, groups, fused, differentiable, lazy, Storage(accumulator, rounding).rounding)
 
-    @property
+    @cached_property
     def storage(self) -> Storage:
         """How weights and state are kept."""
         return Storage(self.accumulator, self.rounding)

@@ -1,5 +1,7 @@
 """The random bits, and rounding to half precision with them: published values, statistics, and the law of the mean."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -210,13 +212,13 @@ def test_nearest_weights_do_not_arrive():
 # ---- The seed.
 
 
-def seed_of(optimizer):
+def seed_of(optimizer: Any) -> Any:
     return optimizer.state["_mlx_adagrad"]["rounding_seed"]
 
 
 def test_the_seed_is_drawn_from_mlx_and_saved():
     def seed(**options):
-        return Adagrad(0.1, rounding="stochastic", **options).state["_mlx_adagrad"]["rounding_seed"]
+        return seed_of(Adagrad(0.1, rounding="stochastic", **options))
 
     mx.random.seed(4)
     first = seed()

@@ -12,7 +12,8 @@ from ..update.accumulators import COMPUTE_DTYPE, EXPONENTS
 from ..update.compiled import compiled
 from ..update.narrow import Kept
 from ..update.rule import Scalars
-from .gradient import RowSparse, assign_rows, evaluate
+from ..update.tracing import evaluate
+from .gradient import RowSparse, assign_rows
 
 
 def update(
