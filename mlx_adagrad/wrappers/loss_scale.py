@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,23 @@ from .base import Wrapper
 SMALLEST, LARGEST = 2.0**-126, 2.0**126
 
 
-class LossScale(Wrapper):
+class Scaling(Wrapper):
+    """A loss scale; it warns once if it divides gradients of a loss that nobody has scaled."""
+
+    whole_run = True
+    _asked = False  # for the scale, or warned that nobody has
+
+    def _check_asked(self) -> None:
+        if not self._asked:
+            self._asked = True
+            what = "divides the gradients, but nobody has scaled the loss: differentiate optimizer.scale_loss(loss)"
+            warnings.warn(f"[{self._name}] {what}, or leave {self._name} out.", stacklevel=3)
+
+
+class LossScale(Scaling):
     r"""Divides the gradients by a fixed factor, with which :meth:`scale_loss` multiplied the loss.
+
+    A first update before :meth:`scale_loss` has been called warns that the loss was not scaled.
 
     Args:
         optimizer: The optimizer inside.
@@ -27,25 +43,27 @@ class LossScale(Wrapper):
         ValueError: If ``factor`` is not positive, or infinite or NaN.
     """
 
-    whole_run = True
-
     def __init__(self, optimizer: Optimizer, factor: float):
         self.factor = checks.positive(self._name, "factor", factor)
         super().__init__(optimizer)
 
     def scale_loss(self, loss: mx.array) -> mx.array:
         """``loss * factor``, fp32 for a loss of half precision, which it might overflow."""
+        self._asked = True
         return super().scale_loss(_wide(loss) * self.factor)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        if self.factor != 1:
+            self._check_asked()
         return super().apply_modified(gradients, parameters, modifiers.scaled(mx.array(1.0 / self.factor)))
 
 
-class DynamicLossScale(Wrapper):
+class DynamicLossScale(Scaling):
     r"""A loss scale that finds its size by itself, by the rule of Keras's ``LossScaleOptimizer``.
 
     Where a gradient holds an Inf or a NaN, the scale is halved and nothing else changes: no weight, no state, no step
     count inside. Otherwise the gradients are divided by it, and after ``dynamic_growth_steps`` such steps it doubles.
+    A first update before the scale has been asked for warns that the loss was not scaled.
 
     Args:
         optimizer: The optimizer inside.
@@ -55,8 +73,6 @@ class DynamicLossScale(Wrapper):
     Raises:
         ValueError: If ``initial_scale`` is not positive and finite, or ``dynamic_growth_steps`` is below 1.
     """
-
-    whole_run = True
 
     def __init__(self, optimizer: Optimizer, initial_scale: float = 2**15, dynamic_growth_steps: int = 2000):
         self.initial_scale = checks.positive(self._name, "initial_scale", initial_scale)
@@ -69,6 +85,7 @@ class DynamicLossScale(Wrapper):
     @property
     def dynamic_scale(self) -> mx.array:
         """The loss scale of the next step, 0-d fp32."""
+        self._asked = True
         return self._own["dynamic_scale"]
 
     def scale_loss(self, loss: mx.array) -> mx.array:
@@ -78,7 +95,8 @@ class DynamicLossScale(Wrapper):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
-        scale, count = self.dynamic_scale, self._own["step_counter"]
+        self._check_asked()
+        scale, count = self._own["dynamic_scale"], self._own["step_counter"]
         gradients = reductions.coalesced(self._name, gradients)
         finite = reductions.all_finite(gradients, modifiers)
         new = super().apply_modified(gradients, parameters, modifiers.scaled(1.0 / scale).gated(finite))
