@@ -6,6 +6,7 @@ or digits, so a string does not lead back to a leaf.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -22,6 +23,13 @@ FROZEN = "frozen ones are seen only where the whole model is passed, as update(m
 def dotted(keys: tuple[Any, ...]) -> str:
     """The dotted path of a tuple of keys."""
     return ".".join(map(str, keys))
+
+
+def labels(paths: Iterable[Keys]) -> dict[str, Keys]:
+    """The keys by what people call them: the dotted path, or the :func:`name` where that means several of them."""
+    paths = list(paths)
+    count = Counter(map(dotted, paths))
+    return {dotted(keys) if count[dotted(keys)] == 1 else name(keys): keys for keys in paths}
 
 
 def is_absent(gradient: Any) -> bool:

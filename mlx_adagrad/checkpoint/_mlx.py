@@ -9,13 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from ..trees import copied, fill
+from ..trees import Keys, copied, dotted, fill, labels, present, slot
 from ..wrappers.states import expect_new_state
 from . import export, sources, trees
-from .foreign import Foreign, Key, Names, V
-from .install import Live, install
+from .foreign import Foreign, Key, Names, V, few
+from .install import Live, install, slots
 from .safetensors import Entry, entry_of
 
 MAX_DEPTH = 100
@@ -38,7 +38,7 @@ def import_mlx(source: Any, optimizer: Optimizer, names: Names | None = None) ->
     Raises:
         ValueError: If the file is damaged or does not fit; each difference is named. Nothing has changed then.
     """
-    flat = dict(tree_flatten(source)) if isinstance(source, Mapping) else source
+    flat, keys = _flattened(source) if isinstance(source, Mapping) else (source, {})
     with sources.naming(source), sources.opened(flat) as entries:
         live, foreign = Live(optimizer), _read(entries)
         if live.slots or names is not None:
@@ -47,7 +47,7 @@ def import_mlx(source: Any, optimizer: Optimizer, names: Names | None = None) ->
             return
         before = copied(live.adagrad.state)
         try:
-            foreign = _begin(live, foreign)
+            foreign = _begin(live, foreign, source, keys)
             install(Live(optimizer), foreign, names)
             expect_new_state(optimizer)
         except BaseException:
@@ -78,17 +78,44 @@ def export_mlx(
         raise ValueError("[checkpoint] the Adagrad of stock MLX has no groups.")
     if live.adagrad.rule.eps == 0:
         raise ValueError("[checkpoint] the Adagrad of stock MLX has no eps of 0.")
+    if names is None and any(path != dotted(slot.keys) for path, slot in live.slots.items()):
+        several = few(path for path, slot in live.slots.items() if path != dotted(slot.keys))
+        raise ValueError(f"[checkpoint] MLX's strings cannot tell {several} apart: give them other 'names'.")
     vs = {f"{part.key}.{V}": part.v if dtype is None else part.v.astype(dtype) for part in parts}
     return {"step": live.adagrad.step, "learning_rate": live.adagrad.learning_rate, **vs}
 
 
-def _begin(live: Live, foreign: Foreign) -> Foreign:
+def _flattened(state: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[str, Keys]]:
+    """A state in names as in a file, and the keys to what its parameters have, by their paths there."""
+    leaves = list(present(dict(state)))
+    keys = labels(dict.fromkeys(keys[:-1] for keys, _ in leaves if len(keys) > 1))
+    paths = {above: path for path, above in keys.items()}
+    return {f"{paths[k[:-1]]}.{k[-1]}" if k[:-1] else str(*k): value for k, value in leaves}, keys
+
+
+def _begin(live: Live, foreign: Foreign, source: Any, keys: dict[str, Keys]) -> Foreign:
     """Give an optimizer without state that of the file, as it is."""
-    _check_lists(foreign.tensors)
+    if not keys:
+        _check_lists(foreign.tensors)
     states = {path: kinds[V].read() for path, kinds in foreign.tensors.items()}
     mx.eval(states)
-    trees.fill(live.adagrad.state, tree_unflatten([(f"{path}.{V}", v) for path, v in states.items()]))
+    trees.fill(live.adagrad.state, _nested(states, source, keys))
     return replace(foreign, tensors={path: {V: entry_of(v)} for path, v in states.items()})
+
+
+def _nested(states: dict[str, mx.array], source: Any, keys: dict[str, Keys]) -> dict[str, Any]:
+    """What an optimizer has for its parameters: in the shape of the source, or as MLX takes its strings apart.
+
+    Where those do not lead back to the same paths they stay whole: the next step finds the parameters that they mean.
+    """
+    if keys:
+        new: dict[str, Any] = {}
+        for path, v in states.items():
+            slot(new, source, keys[path])[V] = v
+        return new
+    nested: Any = tree_unflatten({f"{path}.{V}": v for path, v in states.items()})
+    same = isinstance(nested, dict) and {dotted(found.keys) for found in slots(nested)} == states.keys()
+    return nested if same else {path: {V: v} for path, v in states.items()}
 
 
 def _check_lists(paths: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from mlx.optimizers import Optimizer
 
 from ..adagrad import Adagrad
 from ..leaves import RESERVED
-from ..trees import dotted, name
+from ..trees import dotted, labels, name
 from ..update.rule import Rule
 from ..wrappers import ExponentialMovingAverage, GradientAccumulation
 from . import trees
@@ -52,7 +52,8 @@ class Live:
             if inner is None:
                 raise ValueError(f"there is no mlx_adagrad.Adagrad in {type(optimizer).__name__}")
         self.adagrad = inner
-        self.slots = {dotted(slot.keys): slot for slot in slots(inner.state)}
+        found = {slot.keys: slot for slot in slots(inner.state)}
+        self.slots = {path: found[keys] for path, keys in labels(found).items()}
         averages, sums = self.own(ExponentialMovingAverage), self.own(GradientAccumulation)
         # the dicts of what goes with parameters, by kind, for the kinds that there are
         self.kept = {AVERAGE: averages["averages"]} if averages else {}
@@ -64,8 +65,8 @@ class Live:
 
     def group(self, path: str) -> int | None:
         """The group that the parameter at ``path`` is in."""
-        v, groups = self.slots[path].state[V], self.adagrad.groups.groups
-        return next((i for i, group in enumerate(groups) if group.matches(path, v)), None)
+        (keys, state), groups = self.slots[path], self.adagrad.groups.groups
+        return next((i for i, group in enumerate(groups) if group.matches(dotted(keys), state[V])), None)
 
     def resolve(self, path: str) -> tuple[int | None, Rule]:
         """The group whose learning rate holds at ``path``, and the rule; asked of ``v``, so nothing is remembered."""
