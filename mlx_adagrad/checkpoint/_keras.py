@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from ..wrappers import DynamicLossScale, ExponentialMovingAverage, GradientAccumulation
-from . import sources
+from . import hdf5, kinds, sources
 from .foreign import AVERAGE, GRADIENT, LARGEST_RATE, Foreign, Key, Names, V
 from .install import Live, install
 from .safetensors import Entry
@@ -18,28 +19,49 @@ CALLED = {AVERAGE: "averages", GRADIENT: "sums of gradients", V: "accumulators"}
 OUTER = ("iteration", "learning rate", "step counter", "scale")  # of a LossScaleOptimizer, before all others
 
 
-def import_keras(source: Any, optimizer: Optimizer, names: Names | None = None) -> None:
-    """Go on from a Keras 3 Adagrad: what its ``save_own_variables(store)`` gave, as a mapping or an .npz file of it.
+def import_keras(source: Any, optimizer: Optimizer, names: Names | None = None, *, key: str | None = None) -> None:
+    """Go on from an Adagrad of Keras: a ``.keras``, ``.weights.h5`` or ``.h5`` file, or the optimizer's variables.
 
     Also within a window of ``gradient_accumulation_steps``, with averages (``use_ema``), and from a
     ``LossScaleOptimizer`` around it. Such a list tells neither names nor hyperparameters: build the optimizer with
     those of the saved one, for the number of variables and their shapes are all that can be checked.
 
     Args:
-        source: ``{"0": iteration, "1": learning rate, ...}``, arrays of any kind (h5py's too), or a path. The list that
-            ``get_weights()`` of tf.keras gives is one too, as ``dict(enumerate(...))``.
+        source: The path of a file that ``model.save`` or ``save_weights`` wrote, which h5py reads
+            (``mlx-adagrad[keras]``); or what ``optimizer.save_own_variables(store)`` gave, ``{"0": iteration, "1":
+            learning rate, ...}``: arrays of any kind (h5py's too), or an .npz file. The list that ``get_weights()`` of
+            tf.keras gives is one too, as ``dict(enumerate(...))``.
         optimizer: ``presets.keras(...)`` or the same by hand, initialised with the model's parameters.
         names: Ours for theirs where the order differs: a list of our dotted paths in Keras's order (None: leave it
             out), or a mapping from the parameter's index. In place of a path, ``(path, axes)`` reorders the axes: a
             Dense kernel of Keras is ``(path, (1, 0))`` for ``mlx.nn.Linear``.
+        key: The optimizer's name in a file that has several. Default: ``None``, ``"optimizer"``.
 
     Raises:
         ValueError: If the file is damaged or does not fit; each difference is named. Nothing has changed then.
+        ImportError: If a file of Keras is given, and h5py is not installed.
     """
-    with sources.naming(source), sources.opened(source) as entries:
+    with sources.naming(source), _opened(source, key) as entries:
         live = Live(optimizer)
         count = len(live.slots) if names is None or isinstance(names, Mapping) else len(names)
         install(live, _read(entries, live, count), names)
+
+
+@contextmanager
+def _opened(source: Any, key: str | None) -> Iterator[dict[str, Entry]]:
+    if isinstance(source, Mapping):
+        groups = hasattr(source, "visititems")  # an open file of h5py, or a part of one
+        yield hdf5.variables(source, key) if groups else sources.entries(source)
+        return
+    kind = kinds.expect(source, kinds.KERAS, kinds.HDF5, kinds.NPZ, kinds.SAFETENSORS)
+    if kind in (kinds.NPZ, kinds.SAFETENSORS):
+        with sources.opened(source) as entries:
+            yield entries
+        return
+    if kind is None:
+        raise ValueError("it is no file that Keras writes (.keras, .weights.h5, .h5), and no .npz, or it is damaged")
+    with hdf5.opened(source, key) as entries:
+        yield entries
 
 
 def _read(entries: dict[str, Entry], live: Live, count: int) -> Foreign:

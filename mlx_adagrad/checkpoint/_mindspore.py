@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from . import sources
+from . import kinds, sources
 from .foreign import Foreign, Names, V
 from .install import Live, install
 from .safetensors import Entry, from_bytes, is_shape
@@ -90,6 +90,7 @@ def read(path: str | os.PathLike) -> dict[str, Entry]:
     Raises:
         ValueError: If the file is damaged, encrypted, or no checkpoint.
     """
+    kinds.expect(path)
     with open(path, "rb") as stream:
         message = _checked(stream.read())
     parts: dict[str, tuple[mx.Dtype, tuple[int, ...], list[bytes]]] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, NoReturn
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from ..adagrad import Adagrad
-from . import export, sources
+from . import export, kinds, sources
 from .foreign import Foreign, Key, Names, V, few
 from .install import Live, install
 from .safetensors import Entry
@@ -21,7 +21,9 @@ OPTIONS = ("lr_decay", "eps", "weight_decay", "maximize")
 OLDEST = (2, 6)  # before it, weights_only=True could be made to run code (CVE-2025-32434)
 
 
-def import_torch(source: Any, optimizer: Optimizer, names: Names | None = None, *, strict: bool = True) -> None:
+def import_torch(
+    source: Any, optimizer: Optimizer, names: Names | None = None, *, strict: bool = True, key: Any = None
+) -> None:
     """Go on from a ``torch.optim.Adagrad``: its ``state_dict()``, or a file of one, which needs torch to read.
 
     Accumulators, step counts and learning rates (of groups too; a schedule here keeps its own) go into the live state
@@ -34,6 +36,8 @@ def import_torch(source: Any, optimizer: Optimizer, names: Names | None = None, 
             out), or a mapping from torch's index (or name, where the state dict has ``param_names``). In place of a
             path, ``(path, axes)`` reorders the axes: a Conv2d weight of torch is ``(path, (0, 2, 3, 1))`` here.
         strict: Refuse other hyperparameters than the saved ones. Default: ``True``.
+        key: Where in a file of a whole run the optimizer's state dict is: ``"optimizer"``, or a tuple of keys for one
+            that is deeper. Default: ``None``, it is the file.
 
     Raises:
         ValueError: If the file is damaged or does not fit; each difference is named. Nothing has changed then.
@@ -41,7 +45,7 @@ def import_torch(source: Any, optimizer: Optimizer, names: Names | None = None, 
     """
     with sources.naming(source):
         state = source if isinstance(source, Mapping) else _load(source)
-        install(Live(optimizer), _read(state), names, strict)
+        install(Live(optimizer), _read(_at(state, key)), names, strict)
 
 
 def export_torch(optimizer: Optimizer, names: Names | None = None) -> dict[str, Any]:
@@ -101,10 +105,41 @@ def _tensor(array: mx.array) -> Any:
     return tensor.to(torch.bfloat16) if array.dtype == mx.bfloat16 else tensor
 
 
+def _at(state: Any, key: Any) -> Any:
+    """What a file of a whole run has at ``key``, a key or a tuple of keys."""
+    for part in () if key is None else key if isinstance(key, tuple) else (key,):
+        try:
+            state = state[part]
+        except (KeyError, IndexError, TypeError):
+            at = f"{few(state)}" if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"there is no {part!r:.40} in it ({at}): check 'key'") from None
+    return state
+
+
+def _refuse(state: Any) -> NoReturn:
+    """Say what a file holds that is no state dict of an optimizer."""
+    found = [*_state_dicts(state)]
+    if found:
+        keys = ", ".join(f"key={key!r:.80}" for key in found)
+        raise ValueError(f"it is of a whole run, with the state_dict of an optimizer in it: give {keys}")
+    if isinstance(state, Mapping) and state and all(hasattr(value, "shape") for value in state.values()):
+        raise ValueError("it is the state_dict of a model, tensors by name: give that of the optimizer")
+    raise ValueError("it is no state_dict of a torch optimizer: it must have 'state' and 'param_groups'")
+
+
+def _state_dicts(tree: Any, keys: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Where in a file there are state dicts of optimizers, down to two levels."""
+    if isinstance(tree, Mapping) and "param_groups" in tree and isinstance(tree.get("state"), Mapping):
+        yield keys[0] if len(keys) == 1 else keys
+    elif len(keys) < 2 and isinstance(tree, Mapping | list | tuple):
+        for key, below in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _state_dicts(below, (*keys, key))
+
+
 def _read(state: Any) -> Foreign:
     """``{"state": {i: {"step", "sum"}}, "param_groups": [{"lr", ..., "params": [i, ...]}]}``."""
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
-        raise ValueError("it is no state_dict of a torch optimizer: it must have 'state' and 'param_groups'")
+        _refuse(state)
     tensors: dict[Key, dict[str, Entry]] = {}
     steps: dict[Key, int] = {}
     rates: dict[Key, float] = {}
@@ -149,6 +184,7 @@ def _load(path: str | os.PathLike) -> Any:
         ImportError: If torch is not there, or too old to be trusted with a file.
         ValueError: If the file is damaged, or holds more than tensors, numbers, strings and containers.
     """
+    kinds.expect(path, kinds.TORCH)
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -107,7 +107,6 @@ class Place(NamedTuple):
             array = array if self.axes is None else mx.transpose(array, self.axes)
             return array.astype(self.holder[self.key].dtype)
 
-
     def is_sound(self, value: mx.array) -> mx.array:
         """Whether a run can have got to this value; from others it would go on to NaN."""
         parts = [mx.real(value), mx.imag(value)] if value.dtype == mx.complex64 else [value]

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import mlx.core as mx
 
-from . import safetensors
+from . import kinds, safetensors
 from .safetensors import Entry, entry_of, from_bytes
 
 # numpy's letters for a dtype, without the byte order
@@ -35,7 +35,7 @@ NUMPY = {
     "f8": mx.float64,
     "c8": mx.complex64,
 }
-BY_NAME = {str(dtype).removeprefix("mlx.core."): dtype for dtype in safetensors.NAMES}
+BY_NAME = {str(dtype).removeprefix("mlx.core."): dtype for dtype in safetensors.NAMES} | {"|v2": mx.bfloat16}
 MAX_NPY_HEADER = 10_000  # numpy's own limit
 # What zipfile makes of a damaged archive; a seek to where there is nothing is an OSError.
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, OverflowError)
@@ -50,6 +50,7 @@ def opened(source: Any) -> Iterator[dict[str, Entry]]:
     if isinstance(source, Mapping):
         yield entries(source)
         return
+    kinds.expect(source, kinds.SAFETENSORS, kinds.NPZ)
     with open(source, "rb") as stream:
         zipped = stream.read(2) == b"PK"
         stream.seek(0)
@@ -80,7 +81,10 @@ def entry(name: str, array: Any) -> Entry:
 
     def read() -> mx.array:
         try:
-            return mx.array(_numpy(array, dtype), dtype)
+            values = _numpy(array, dtype)
+            if values.dtype.str == "|V2":  # bfloat16, as h5py and numpy have it without ml_dtypes
+                return mx.array(values.view("u2")).view(mx.bfloat16, stream=mx.cpu)
+            return mx.array(values, dtype)
         except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, without data
             raise ValueError(f"{name} cannot be read: {error}") from error
 

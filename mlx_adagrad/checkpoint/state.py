@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 
 from ..wrappers.states import expect_new_state
 from ..wrappers.swap import holds_averages, own_parameters
-from . import safetensors, trees
+from . import kinds, safetensors, trees
 from .atomic import replacing
 from .config import describe, differences, stack
 
@@ -117,11 +117,12 @@ def _parameters(model: Module | dict | None) -> Any:
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[tuple[dict[str, safetensors.Entry], dict[str, str]]]:
     """The entries and the metadata of a file; what is wrong with it is said with its name."""
-    with open(path, "rb") as stream:
-        try:
+    try:
+        kinds.expect(path, kinds.OWN, kinds.SAFETENSORS)
+        with open(path, "rb") as stream:
             yield safetensors.read(stream)
-        except (ValueError, RecursionError) as error:  # the latter for what is nested too deeply, wherever it shows
-            raise ValueError(f"[checkpoint] '{os.fsdecode(path)}' cannot be loaded: {error}.") from error
+    except (ValueError, RecursionError) as error:  # the latter for what is nested too deeply, wherever it shows
+        raise ValueError(f"[checkpoint] '{os.fsdecode(path)}' cannot be loaded: {error}.") from error
 
 
 def _unpack(entries: dict[str, safetensors.Entry], metadata: dict[str, str]) -> dict[str, Any]:
