@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -19,12 +19,14 @@ from .sparse.gradient import RowSparse
 from .trees import dotted
 from .update import kernels, narrow
 from .update.accumulators import Dense
+from .update.batches import Batch
 from .update.rounding import Keys
+from .update.rule import Rule
 from .update.step import Plan, Step
 from .update.storage import Storage
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """What decides which code runs, fixed for the life of an optimizer.
 
@@ -100,8 +102,7 @@ class Options:
         return kernels.supports(accumulator, parameter, gradient)  # of a RowSparse it asks for the dtype only
 
 
-@dataclass(frozen=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """The updates of one call.
 
     Args:
@@ -116,38 +117,105 @@ class Dispatch:
     fused: bool
     keys: Keys
 
-    def update_all(self, leaves: Leaves, states: Sequence[dict]) -> list[mx.array]:
+    def update_all(self, leaves: Leaves, states: Sequence[dict]) -> Sequence[mx.array]:
         """Update every leaf and its state; returns the new parameters in the order of the leaves."""
+        everywhere = self._have_kernels(leaves)
+        if everywhere and not self.options.groups:
+            return self._update_many(self._plan((), leaves.parameters[0]), leaves, states, None)
         updated: list[Any] = [None] * len(leaves)
         storage = self.options.storage
         if storage.draws:
-            self.keys.prepare(keys for _, w, _, keys in leaves if not storage.is_plain(w))
-        for same in leaves.by_shape_and_dtype():
-            plan = None if self.fused or len(same) == 1 else self._shared_plan(leaves[same[0]], states[same[0]])
+            self.keys.prepare(keys for keys, w in zip(leaves.keys, leaves.parameters, strict=True) if not storage.is_plain(w))
+        split = self._by_rule if everywhere else self._by_plan if self.fused else self._by_plan_and_shape
+        for plan, places in split(leaves):
             if plan is None:
-                for i in same:
-                    updated[i] = self.update(leaves[i], states[i])
-                continue
-            ws, gs = [leaves.parameters[i] for i in same], [leaves.gradients[i] for i in same]
-            vs = [states[i]["v"] for i in same]
-            new = plan.functions.update_many(ws, gs, vs, plan.scalars, self.step.streams)
-            for i, w, v in zip(same, *new, strict=True):
-                updated[i], states[i]["v"] = w, v
+                new: Sequence[mx.array] = [self.update(leaves[i], states[i]) for i in places]
+            else:
+                new = self._update_many(plan, leaves, states, places)
+            for i, w in zip(places, new, strict=True):
+                updated[i] = w
         return updated
 
-    def _shared_plan(self, leaf: Leaf, state: dict) -> Plan | None:
-        """The plan of all tensors like this leaf, if one call can update them together; else None."""
-        w = leaf[1]
-        if not self.options.storage.is_plain(w):
-            return None
-        plan = self.step.shared.get(w.dtype) or self._plan(leaf, state)
-        return plan if w.dtype in self.step.shared and plan.functions.batches(w) else None
+    def _have_kernels(self, leaves: Leaves) -> bool:
+        """Whether kernels update all leaves: of one dtype, with gradients of one dtype, as in nearly all models."""
+        if not self.fused or self.options.differentiable or not leaves.complete:
+            return False
+        one = len(leaves.dtypes[0]) == len(leaves.dtypes[1]) == 1
+        return one and self.options.has_kernel(leaves.gradients[0], leaves.parameters[0])
+
+    def _by_rule(self, leaves: Leaves) -> Iterable[tuple[Plan | None, list[int]]]:
+        """Leaves of one dtype by their rule and the group that has their learning rate."""
+        rules: dict[Any, tuple[int | None, Rule]] = {}
+        found: dict[Any, list[int]] = {}
+        for i, resolved in enumerate(self.options.groups.resolve_all(leaves)):
+            group, rule = resolved
+            key = group, id(rule)
+            if key not in found:
+                rules[key], found[key] = resolved, []
+            found[key].append(i)
+        for key, places in found.items():
+            group, rule = rules[key]
+            yield self.step.plan(rule, group, leaves.parameters[0]), places
+
+    def _by_plan(self, leaves: Leaves) -> Iterable[tuple[Plan | None, list[int]]]:
+        """The leaves that kernels update, by their plan; without a plan those that are updated one by one."""
+        options = self.options
+        found: dict[Any, tuple[Plan | None, list[int]]] = {}
+        for i, (g, w, keys) in enumerate(zip(leaves.gradients, leaves.parameters, leaves.keys, strict=True)):
+            single = options.differentiable or isinstance(g, RowSparse) or not options.has_kernel(g, w)
+            plan = None if single else self._plan(keys, w)
+            found.setdefault(id(plan), (plan, []))[1].append(i)
+        return found.values()
+
+    def _by_plan_and_shape(self, leaves: Leaves) -> Iterable[tuple[Plan | None, list[int]]]:
+        """The leaves that one call of operations updates; without a plan those that are updated one by one."""
+        gs, ws = leaves.gradients, leaves.parameters
+        for same_shape in leaves.by_shape_and_dtype():
+            if len(same_shape) == 1 or not self.options.storage.is_plain(ws[same_shape[0]]):
+                yield None, same_shape
+                continue
+            found: dict[Any, tuple[Plan, list[int]]] = {}
+            if not self.options.groups and len({gs[i].dtype for i in same_shape}) == 1:
+                found[None] = self._plan((), ws[same_shape[0]]), same_shape
+            for i in same_shape if not found else ():
+                plan = self._plan(leaves.keys[i], ws[i])
+                found.setdefault((id(plan), gs[i].dtype), (plan, []))[1].append(i)
+            for plan, places in found.values():
+                yield plan if len(places) > 1 and plan.functions.batches(ws[places[0]]) else None, places
+
+    def _update_many(
+        self, plan: Plan, leaves: Leaves, states: Sequence[dict], places: Sequence[int] | None
+    ) -> Sequence[mx.array]:
+        """Update the leaves at these places (None: all) in one call."""
+        ws, gs, vs, kinds = leaves.parameters, leaves.gradients, leaves.accumulators, leaves.shapes
+        if places is not None:
+            ws, gs = [ws[i] for i in places], [gs[i] for i in places]
+            states = [states[i] for i in places]
+            vs = [state["v"] for state in states]
+            if len(leaves.dtypes[0]) == 1:
+                kinds = [kinds[i] for i in places]
+            else:
+                kinds = [(w.shape, g.dtype) for w, g in zip(ws, gs, strict=True)]
+        scalars = plan.scalars
+        if self.step.differ(plan):
+            keys = leaves.keys if places is None else [leaves.keys[i] for i in places]
+            scalars = self.step.scalars(plan, keys, states)
+        batch = Batch(ws, gs, vs, scalars, kinds)
+        ws, vs = plan.launches(batch) if self.fused else plan.functions.update_many(batch, self.step.streams)
+        for state, v in zip(states, vs, strict=True):
+            state["v"] = v
+        if plan.rule.step_per_parameter:
+            for state in states:
+                self._count(state)
+        return ws
 
     def update(self, leaf: Leaf, state: dict) -> mx.array:
         """Update one parameter and its state; returns the new parameter."""
         g, w, _, keys = leaf
         step, options = self.step, self.options
-        plan = step.shared.get(w.dtype) or self._plan(leaf, state)
+        plan = self._plan(keys, w)
+        if step.differ(plan):
+            plan = plan._replace(scalars=step.scalars(plan, [keys], [state]).at(0))
         fused = self.fused and options.has_kernel(g, w)
         if isinstance(g, RowSparse) and not options.lazy:
             g = g.coalesce().to_dense()  # in fp32
@@ -155,8 +223,8 @@ class Dispatch:
             w = self._update_narrow(plan, w, g, state, self.keys.of(keys))
         else:
             w = self._update_plain(plan, w, g, state, fused)
-        if options.groups.default.step_per_parameter:
-            state["step"] = state["step"] + step.counted
+        if plan.rule.step_per_parameter:
+            self._count(state)
         return w
 
     def _update_narrow(self, plan: Plan, w: mx.array, g: Any, state: dict, key: mx.array) -> mx.array:
@@ -179,18 +247,17 @@ class Dispatch:
         elif not fused:
             new = plan.functions.update(w, g, state["v"], plan.scalars, step.streams)
         elif options.differentiable:
-            new = kernels.differentiable_launch(plan, w, g, state["v"])
+            new = kernels.differentiable_launch(plan.form, w, g, state["v"], plan.scalars, plan.functions)
         else:
-            new = kernels.launch(plan.form, w, g, state["v"], plan.scalars, plan.v_dtype)
+            (w,), (v,) = plan.launches(Batch([w], [g], [state["v"]], plan.scalars, [()]))
+            new = w, v
         w, state["v"] = new
         return w
 
-    def _plan(self, leaf: Leaf, state: dict) -> Plan:
-        _, w, _, keys = leaf
-        step, groups = self.step, self.options.groups
+    def _count(self, state: dict) -> None:
+        state["step"] = state["step"] + self.step.counted
+
+    def _plan(self, keys: tuple[Any, ...], w: mx.array) -> Plan:
+        groups = self.options.groups
         group, rule = groups.resolve(keys, w) if groups else (None, groups.default)
-        steps_before = state["step"] if rule.step_per_parameter and rule.lr_decay else None
-        plan = step.plan(rule, group, w, keys if step.by_path else (), steps_before)
-        if not (groups or step.by_path or rule.step_per_parameter):
-            step.shared[w.dtype] = plan
-        return plan
+        return self.step.plan(rule, group, w)

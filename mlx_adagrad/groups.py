@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 
 from . import checks, rates
-from .leaves import Leaf
+from .leaves import Leaves
 from .trees import FROZEN, Keys, dotted, existing
 from .update.rule import Rule
 
@@ -136,10 +136,11 @@ class Groups:
             self._resolved[keys] = (index if own_lr else None, rule)
         return self._resolved[keys]
 
-    def resolve_all(self, leaves: Iterable[Leaf]) -> None:
-        """Decide about every leaf before a step changes anything: this calls the user's predicates, which may raise."""
-        for _, w, _, keys in leaves if self else ():
-            self.resolve(keys, w)
+    def resolve_all(self, leaves: Leaves) -> list[tuple[int | None, Rule]]:
+        """:meth:`resolve` for every leaf; before a step changes anything, since the user's predicates may raise."""
+        known = self._resolved
+        pairs = zip(leaves.keys, leaves.parameters, strict=True) if self else ()
+        return [known.get(keys) or self.resolve(keys, w) for keys, w in pairs]
 
     def states(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """The groups' own entries in an optimizer's state: a learning rate for each group that has one.

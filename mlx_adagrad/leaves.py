@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, NoReturn, TypeAlias
 
@@ -35,16 +35,24 @@ class Leaves:
 
     def __init__(self, gradients: Any, parameters: Any, state: Any):
         self.complete = False
-        self._kinds: Iterable[Any] | None = None  # the shapes, if they tell apart what may not be updated together
+        # of complete leaves: their shapes, their accumulators, and the dtypes of all gradients and of all parameters
+        self.shapes: list[tuple[int, ...]] = []
+        self.accumulators: list[mx.array] = []
+        self.dtypes: tuple[set[mx.Dtype], set[mx.Dtype]] = set(), set()
         self._found: list[tuple[Any, ...]] = []
         self._tuples: list[tuple[Any, Any, type]] = []  # where the new tree has a list that must become a tuple
         self._root = [self._walk(gradients, parameters, state, ())]
         self._mark_tuple(self._root, 0, gradients)
-        columns = zip(*self._found, strict=True) if self._found else ((),) * 6
+        columns: Any = zip(*self._found, strict=True) if self._found else ((),) * 6
         self.gradients: Sequence[Any]
         self.parameters: Sequence[Any]
         self.states: Sequence[Any]  # None before a parameter's first step
         self.gradients, self.parameters, self.states, self._containers, self._in, self._keys = columns
+
+    @cached_property
+    def keys(self) -> list[tuple[Any, ...]]:
+        """The keys to each leaf."""
+        return [(*within, key) for within, key in zip(self._in, self._keys, strict=True)]
 
     def __getitem__(self, i: int) -> Leaf:
         return self.gradients[i], self.parameters[i], self.states[i], (*self._in[i], self._keys[i])
@@ -99,19 +107,20 @@ class Leaves:
         if {*map(type, gs), *map(type, ws)} != {mx.array} or {*map(type, states)} != {dict}:
             return
         vs = [state.get("v") for state in states]
-        dtypes = {*map(_dtype, ws)}
-        if not {*map(_dtype, gs)} | dtypes <= _USUAL or {*map(type, vs)} != {mx.array}:
+        dtypes = {*map(_dtype, gs)}, {*map(_dtype, ws)}
+        if not dtypes[0] | dtypes[1] <= _USUAL or {*map(type, vs)} != {mx.array}:
             return
         if not {*map(_dtype, vs)} <= _USUAL:
             return
         shapes = [*map(_shape, ws)]
         self.complete = shapes == [*map(_shape, gs)] == [*map(_shape, vs)]
-        self._kinds = shapes if len(dtypes) == 1 else None
+        if self.complete:
+            self.shapes, self.accumulators, self.dtypes = shapes, vs, dtypes
 
     def by_shape_and_dtype(self) -> Iterable[list[int]]:
         """The indices of the leaves, those of one dtype and shape in one list; a row-sparse gradient stands alone."""
-        kinds = self._kinds
-        if kinds is None:
+        kinds: Iterable[Any] = self.shapes
+        if len(self.dtypes[1]) != 1:
             kinds = zip(map(_dtype, self.parameters), map(_shape, self.parameters), strict=True)
         found: dict[Any, list[int]] = {}
         for i, kind in enumerate(kinds):
@@ -206,6 +215,8 @@ def check_state(storage: Storage, w: mx.array, state: Any, path: str) -> None:
 
 def is_row_sparse(owner: str, keys: tuple[Any, ...], gradient: Any) -> bool:
     """Whether a gradient is a RowSparse and not an array; raises TypeError where it is neither."""
+    if type(gradient) is mx.array:
+        return False
     if isinstance(gradient, mx.array | RowSparse):
         return isinstance(gradient, RowSparse)
     raise TypeError(f"[{owner}] the gradient of '{dotted(keys)}' must be an array but got {type(gradient).__name__}.")

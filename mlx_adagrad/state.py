@@ -23,8 +23,7 @@ array in it, so that a compiled step can capture it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -44,8 +43,7 @@ SEED = "rounding_seed"
 Entry = tuple[dict[str, Any], str, mx.array]
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Reads and writes the state of an optimizer; made anew for each call, it holds nothing of its own.
 
     Args:

@@ -64,12 +64,13 @@ def find(tree: Any, keys: Keys) -> Any:
 
 def present(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """The (keys, leaf) pairs of a tree in order; None and empty containers hold nothing."""
+    array = mx.array
     for key, child in children(tree):
-        if is_absent(child):
-            continue
-        if isinstance(child, dict | list | tuple):
+        if type(child) is array:
+            yield (*keys, key), child
+        elif isinstance(child, CONTAINERS):
             yield from present(child, (*keys, key))
-        else:
+        elif child is not None:
             yield (*keys, key), child
 
 

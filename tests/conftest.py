@@ -4,9 +4,10 @@ import mlx.core as mx
 import pytest
 
 from metal_host import HostMetal
-from mlx_adagrad.update import kernels
+from mlx_adagrad.update import kernels, ops, step
 
-MLX_METAL_KERNEL, AVAILABLE, REQUIRE = mx.fast.metal_kernel, kernels.available, kernels.require
+MLX_METAL_KERNEL, MLX_COMPILE = mx.fast.metal_kernel, mx.compile
+AVAILABLE, REQUIRE = kernels.available, kernels.require
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +33,15 @@ def host(monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: True)
     monkeypatch.setattr(kernels, "require", lambda: None)
     with host.patched():
-        kernels.kernel.cache_clear()
+        forget_compiled()
         yield host
-    kernels.kernel.cache_clear()
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Let kernels and compiled functions be made anew, by what stands in ``mx.fast`` and ``mx.compile`` then."""
+    for made in (kernels.kernel, kernels.launches, ops.functions, step._fixed):
+        made.cache_clear()
 
 
 @pytest.fixture
@@ -51,5 +58,6 @@ def no_host(kernel_device):
         patch.setattr(mx.fast, "metal_kernel", MLX_METAL_KERNEL)
         patch.setattr(kernels, "available", AVAILABLE)
         patch.setattr(kernels, "require", REQUIRE)
-        kernels.kernel.cache_clear()
+        patch.setattr(mx, "compile", MLX_COMPILE)
+        forget_compiled()
         yield

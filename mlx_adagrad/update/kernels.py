@@ -11,8 +11,10 @@ import mlx.core as mx
 
 from . import devices
 from .accumulators import Dense, RowWise
+from .batches import Batch, KnownSets, split
+from .compiled import compiled
+from .ops import Functions
 from .rule import KERNEL_SCALARS, Form, Scalars
-from .step import Plan
 
 # MLX's own element-wise kernels: 8 bytes of work for each thread, one element below 65,536 elements
 # (get_work_per_thread in mlx/backend/metal/utils.h).
@@ -98,6 +100,43 @@ def launch(
     return (new_w, new_v) if w.ndim else (new_w.reshape(()), new_v.reshape(()))
 
 
+class Launches:
+    """:func:`launch` for many tensors at once, compiled.
+
+    Outside ``mx.compile`` a launch costs the host ten times as much: MLX writes the whole source of a kernel anew.
+    """
+
+    def __init__(self, form: Form, v_dtype: mx.Dtype):
+        def many(ws: list, gs: list, vs: list, scalars: Scalars) -> tuple[list[mx.array], list[mx.array]]:
+            tensors = enumerate(zip(ws, gs, vs, strict=True))
+            pairs = [launch(form, w, g, v, scalars.at(i), v_dtype) for i, (w, g, v) in tensors]
+            return [w for w, _ in pairs], [v for _, v in pairs]
+
+        self._many: Any = compiled(many)
+        self._sets = KnownSets()
+
+    def __call__(self, batch: Batch) -> tuple[list[mx.array], list[mx.array]]:
+        """The new parameters and accumulators."""
+        if len(batch.ws) == 1:
+            return self._many(*batch[:4])
+        new_ws, new_vs, order = [], [], []
+        for places in split(batch.kinds, self._sets):
+            ws, vs = self._many(*batch.part(places)[:4])
+            new_ws += ws
+            new_vs += vs
+            order += places
+        if order == [*range(len(order))]:
+            return new_ws, new_vs
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return [new_ws[i] for i in back], [new_vs[i] for i in back]
+
+
+@cache
+def launches(form: Form, v_dtype: mx.Dtype) -> Launches:
+    """The launches of one form."""
+    return Launches(form, v_dtype)
+
+
 def simdgroup_per_row(rows: int) -> Where:
     """A grid of 32 lanes along x and a row along y, so that a row is summed up inside one simdgroup."""
     return {"grid": (32, rows, 1), "threadgroup": (32, THREADS // 32, 1)}
@@ -140,18 +179,20 @@ def source(name: str) -> str:
         return file.read()
 
 
-def differentiable_launch(plan: Plan, w: mx.array, g: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-    """:func:`launch` with the derivative of the formula in ``rule.py``; such a step cannot be exported."""
-    used = {name: s for name, s in plan.scalars._asdict().items() if s is not None}
+def differentiable_launch(
+    form: Form, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars, functions: Functions
+) -> tuple[mx.array, mx.array]:
+    """:func:`launch` with the derivative of ``functions``, the same update; such a step cannot be exported."""
+    used = {name: s for name, s in scalars._asdict().items() if s is not None}
 
     def numbers(values: tuple[mx.array, ...]) -> Scalars:
         return Scalars(**dict(zip(used, values, strict=True)))
 
     def forward(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
-        return launch(plan.form, w, g, v, numbers(values), plan.v_dtype)
+        return launch(form, w, g, v, numbers(values), functions.v_dtype)
 
     def reference(w: mx.array, g: mx.array, v: mx.array, *values: mx.array) -> tuple[mx.array, mx.array]:
-        return plan.functions.update(w, g, v, numbers(values))
+        return functions.update(w, g, v, numbers(values))
 
     function: Any = mx.custom_function(forward)
 

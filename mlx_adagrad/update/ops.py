@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from . import rule
 from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
+from .batches import Batch, KnownSets, split
 from .compiled import compiled
 from .rule import Form, Scalars
 from .streams import PARALLEL_ELEMENTS, StreamScheduler
@@ -17,8 +18,6 @@ from .streams import PARALLEL_ELEMENTS, StreamScheduler
 # output writes into its input's buffer, while glibc maps allocations of this size afresh each time (measured on Linux
 # x86-64, MLX 0.32.4: at 8.0M elements 18 ms in one pass and 26 in place, at 8.5M 45 and 22).
 IN_PLACE_ELEMENTS = 2**23
-# Smaller tensors of one shape are updated this many in one compiled call: a call costs about as much as a small update.
-BATCH = 16
 
 class Functions:
     """The update of one (form, accumulator, dtype of v), compiled: in one function, or in two that run in place."""
@@ -47,7 +46,7 @@ class Functions:
             return rule.descend(form, w, g, total, s).astype(storage), accumulator.write(total, v_storage)
 
         def many(ws: list, gs: list, vs: list, s: Scalars) -> tuple[list[mx.array], list[mx.array]]:
-            pairs = [both(w, g, v, s) for w, g, v in zip(ws, gs, vs, strict=True)]
+            pairs = [both(w, g, v, s.at(i)) for i, (w, g, v) in enumerate(zip(ws, gs, vs, strict=True))]
             return [w for w, _ in pairs], [v for _, v in pairs]
 
         self.many: Any = compiled(many)
@@ -83,20 +82,16 @@ class Functions:
         """Whether tensors like ``w`` are to be collected for :meth:`update_many`."""
         return w.size < PARALLEL_ELEMENTS and self.v_dtype != mx.complex64
 
-    def update_many(
-        self, ws: list[mx.array], gs: list[mx.array], vs: list[mx.array], scalars: Scalars, streams: StreamScheduler
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """:meth:`update` for many tensors of one shape, in as few calls as compile a bounded number of functions."""
-        new_ws, new_vs, size = [], [], BATCH
-        while (done := len(new_ws)) < len(ws):
-            while size > len(ws) - done:
-                size //= 2  # 8, 4, 2, 1: a set of tensors that changes from step to step must not compile anew for ever
-            batch = slice(done, done + size)
-            stream, own_scalars = streams.assign(size * ws[0].size, scalars)
+    def update_many(self, batch: Batch, streams: StreamScheduler) -> tuple[list[mx.array], list[mx.array]]:
+        """:meth:`update` for many tensors, in as few calls as compile a bounded number of functions."""
+        new_ws, new_vs = [], []
+        for places in split(batch.kinds, KnownSets()):
+            part = batch.part(places)
+            stream, scalars = streams.assign(len(part.ws) * part.ws[0].size, part.scalars)
             with stream:
-                updated = self.many(ws[batch], gs[batch], vs[batch], own_scalars)
-            new_ws += updated[0]
-            new_vs += updated[1]
+                ws, vs = self.many(part.ws, part.gs, part.vs, scalars)
+            new_ws += ws
+            new_vs += vs
         return new_ws, new_vs
 
     def _complex_update(self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars) -> tuple[mx.array, mx.array]:

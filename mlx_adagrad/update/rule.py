@@ -106,6 +106,10 @@ class Scalars(NamedTuple):
     apply: Any = None
     tiny: Any = None
 
+    def at(self, i: int) -> Scalars:
+        """Those of tensor ``i``, where a list in place of an array holds one for each tensor."""
+        return Scalars(*[s[i] if isinstance(s, list) else s for s in self])
+
     def inputs(self) -> list[mx.array]:
         """The numbers that a Metal kernel takes, each an input of its own: packed into one array they would cost a
         launch each, since MLX's concatenate is a copy kernel an input.

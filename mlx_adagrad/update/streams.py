@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import mlx.core as mx
 
@@ -52,10 +53,14 @@ class StreamScheduler:
             with mx.stream(_extra_streams()[extra]):
                 for _ in range(extra + 1):
                     # an alias that, unlike mx.contiguous, can be exported
-                    given = {name: mx.squeeze(mx.expand_dims(s, 0), 0) for name, s in given.items()}
+                    given = {name: _alias(s) for name, s in given.items()}
             aliases = scalars._replace(**given)
             self._scalars[key] = scalars, aliases  # both: once freed, other scalars could get that id
         return self._scalars[key][1]
+
+
+def _alias(scalar: Any) -> Any:
+    return [_alias(s) for s in scalar] if isinstance(scalar, list) else mx.squeeze(mx.expand_dims(scalar, 0), 0)
 
 
 def second_stream(size: int) -> AbstractContextManager:

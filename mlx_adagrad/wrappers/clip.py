@@ -50,8 +50,7 @@ class ClipByNorm(Wrapper):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if self.max_norm and modifiers.apply is not False:
             gradients = reductions.coalesced(self._name, gradients)
-            norms = reductions.norms(gradients, modifiers)
-            modifiers = modifiers.scaled({keys: _down_to(self.max_norm, norm) for keys, norm in norms.items()})
+            modifiers = modifiers.scaled(reductions.factors_to(self.max_norm, gradients, modifiers))
         return super().apply_modified(gradients, parameters, modifiers)
 
 
@@ -84,11 +83,7 @@ class ClipByGlobalNorm(Wrapper):
     def _factor(self, norm: mx.array) -> mx.array:
         if self.rule == "torch":
             return mx.minimum(self.max_norm / (norm + 1e-6), 1.0)
-        return _down_to(self.max_norm, norm) + (norm - norm)  # 0, or NaN where the norm is not finite
-
-
-def _down_to(limit: float, norm: mx.array) -> mx.array:
-    return limit / mx.maximum(norm, limit)
+        return reductions.down_to(self.max_norm, norm) + (norm - norm)  # 0, or NaN where the norm is not finite
 
 
 def _limit(wrapper: Wrapper, name: str, value: float | None) -> float:

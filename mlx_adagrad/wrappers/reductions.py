@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..leaves import is_row_sparse
 from ..sparse.gradient import RowSparse
 from ..trees import Keys, mapped, present
+from ..update.batches import KnownSets, pick, split
 from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
 from ..update.rule import SMALLEST_NORMAL
@@ -27,10 +28,22 @@ def global_norm(gradients: Any, modifiers: Modifiers) -> mx.array:
     return _root(mx.sum(mx.stack(sums))) if sums else mx.array(0.0)
 
 
-def norms(gradients: Any, modifiers: Modifiers) -> dict[Keys, mx.array]:
-    """The 2-norm of each gradient as the update will see it, 0-d fp32."""
-    leaves = present(gradients)
-    return {keys: _root(_square_sum(keys, g, modifiers)).astype(mx.float32) for keys, g in leaves}
+def factors_to(limit: float, gradients: Any, modifiers: Modifiers) -> dict[Keys, mx.array]:
+    """What scales the 2-norm of each gradient, as the update will see it, down to ``limit``, 0-d fp32."""
+    leaves = [*present(gradients)]
+    keys, values = [keys for keys, _ in leaves], [_values(g) for _, g in leaves]
+    scalars = modifiers.scale, modifiers.low, modifiers.high
+    columns = [[s[path] for path in keys] if isinstance(s, dict) else s for s in scalars]
+    factors: dict[Keys, mx.array] = {}
+    for places in split([(x.shape, x.dtype) for x in values], _SETS):
+        batch = _factors(limit, pick(values, places), *(pick(column, places) for column in columns))
+        factors.update(zip(pick(keys, places), batch, strict=True))
+    return factors
+
+
+def down_to(limit: float, norm: mx.array) -> mx.array:
+    """What scales a norm down to ``limit``; 1 for one that is below."""
+    return limit / mx.maximum(norm, limit)
 
 
 def all_finite(gradients: Any, modifiers: Modifiers) -> mx.array:
@@ -72,6 +85,16 @@ def _scalars(keys: Keys, modifiers: Modifiers) -> tuple[mx.array | None, ...]:
 def _sum_of_squares(g: mx.array, scale: Any, low: Any, high: Any) -> mx.array:
     g = Modifiers(scale, low, high).modified((), g)
     return _total(mx.square(mx.abs(g) if g.dtype == mx.complex64 else g))
+
+
+_SETS = KnownSets()
+
+
+@compiled
+def _factors(limit: float, gs: list[mx.array], scale: Any, low: Any, high: Any) -> list[mx.array]:
+    own = [[s] * len(gs) if not isinstance(s, list | tuple) else s for s in (scale, low, high)]
+    sums = [_sum_of_squares(g, *scalars) for g, *scalars in zip(gs, *own, strict=True)]
+    return [down_to(limit, _root(x).astype(mx.float32)) for x in sums]
 
 
 @compiled

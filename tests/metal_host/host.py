@@ -2,7 +2,7 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ class HostMetal:
         self.seed = seed
         self.check = check
         self.launches: list[Launch] = []
+        self.traces = 0  # by compiled functions
 
     @property
     def sources(self) -> set[str]:
@@ -75,15 +76,47 @@ class HostMetal:
         """A kernel with the arguments and the call of ``mx.fast.metal_kernel``'s."""
         return HostKernel(self, **definition)
 
+    def compile(self, fun: Callable[..., Any], **options: Any) -> "HostCompiled":
+        """``fun`` as ``mx.compile`` returns it, for functions with kernels inside."""
+        return HostCompiled(self, fun, options.get("shapeless", False))
+
     @contextlib.contextmanager
     def patched(self) -> Iterator["HostMetal"]:
-        """Put `metal_kernel` in the place of ``mx.fast.metal_kernel`` for a while."""
-        before = mx.fast.metal_kernel
-        mx.fast.metal_kernel = self.metal_kernel
+        """Put `metal_kernel` and `compile` in the places of ``mx.fast.metal_kernel`` and ``mx.compile`` for a while."""
+        before = mx.fast.metal_kernel, mx.compile
+        mx.fast.metal_kernel, mx.compile = self.metal_kernel, self.compile
         try:
             yield self
         finally:
-            mx.fast.metal_kernel = before
+            mx.fast.metal_kernel, mx.compile = before
+
+
+class HostCompiled:
+    """Stands in for a compiled function: it runs as it is at each call, since no kernel runs on MLX's tracers here.
+
+    What MLX would trace anew is counted: it keeps a graph for each combination of the shapes and dtypes of the arrays
+    and of the other arguments (``CompileCache`` in mlx/compile.cpp), ``shapeless`` for each combination of dtypes.
+    """
+
+    def __init__(self, host: HostMetal, fun: Callable[..., Any], shapeless: bool):
+        self._host, self._fun, self._shapeless = host, fun, shapeless
+        self._kinds: set[Any] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kind = self._kind((args, kwargs))
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            self._host.traces += 1
+        return self._fun(*args, **kwargs)
+
+    def _kind(self, tree: Any) -> Any:
+        if isinstance(tree, mx.array):
+            return tree.ndim if self._shapeless else tree.shape, tree.dtype
+        if isinstance(tree, dict):
+            return tuple((key, self._kind(value)) for key, value in tree.items())
+        if isinstance(tree, list | tuple):
+            return tuple(map(self._kind, tree))
+        return tree
 
 
 @dataclass
