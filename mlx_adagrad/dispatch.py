@@ -125,7 +125,7 @@ class Dispatch(NamedTuple):
         updated: list[Any] = [None] * len(leaves)
         storage = self.options.storage
         if storage.draws:
-            self.keys.prepare(keys for keys, w in zip(leaves.keys, leaves.parameters, strict=True) if not storage.is_plain(w))
+            self.keys.prepare(keys for _, w, _, keys in leaves if not storage.is_plain(w))
         split = self._by_rule if everywhere else self._by_plan if self.fused else self._by_plan_and_shape
         for plan, places in split(leaves):
             if plan is None:
