@@ -169,6 +169,7 @@ class Adagrad(Configurable, Optimizer):
         self._initialized = False
         if state is not self._state:
             self._bookkeeping.replace(restored(state, self._state))
+        self._bookkeeping.restore_mark()
 
     @property
     def eps(self) -> float:
@@ -188,13 +189,14 @@ class Adagrad(Configurable, Optimizer):
 
     def add_group(self, group: dict[str, Any]) -> None:
         """Append a parameter group, also for parameters not seen before; an entry of the constructor's ``groups``."""
-        self.groups.add(group)
-        self.groups.states(self.state)
+        self._bookkeeping.add_group(group)
 
-    def set_group(self, index: int, *, lr: LearningRate) -> None:
-        """Set the learning rate of group ``index`` of a group that was given one; to whatever the constructor takes."""
-        self.groups.set_lr(index, rates.parse("Adagrad", "lr", lr))
-        self._bookkeeping.set_group_rate(index)
+    def set_group(self, index: int, **options: Any) -> None:
+        """Change options of group ``index``, any that a group may have (``lr``, ``weight_decay``, ...): all or none.
+
+        A compiled step takes them up too: a new number for ``lr`` as it is, anything else by being traced once more.
+        """
+        self._bookkeeping.set_group(index, options)
 
     def _compared(self, known: Known) -> Comparison:
         extra = type(self).init_single is not Adagrad.init_single

@@ -31,6 +31,11 @@ class Group(NamedTuple):
         return any(_matches(pattern, path, parameter) for pattern in self.patterns)
 
 
+def fixed(rate: mx.array | rates.Schedule | None) -> Any:
+    """What a trace keeps of a learning rate: which schedule it is, not the number that the state holds."""
+    return rate if rate is None or callable(rate) else "a number"
+
+
 def _matches(pattern: str | Predicate, path: str, parameter: mx.array) -> bool:
     if callable(pattern):
         return pattern(path, parameter)
@@ -53,6 +58,8 @@ class Groups:
         TypeError: For an entry that is no dict, or a pattern that is neither a string nor a callable.
     """
 
+    changes = 0  # how often a compiled step had to be traced again: state.State.mark_changed counts
+
     def __init__(
         self,
         rule: Rule,
@@ -62,7 +69,7 @@ class Groups:
         eps_must_be_positive: bool = False,
     ):
         if decays is not None and not callable(decays):
-            raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {decays!r}.")
+            raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {checks.shown(decays)}.")
         self.default = rule
         self.decays = decays
         self.ignored_keys = ignored_keys
@@ -73,50 +80,72 @@ class Groups:
         self._undecayed: dict[int | None, Rule] = {}
         self.unmatched: set[int] = set()
         for entry in [] if entries is None else entries:
-            self.add(entry)
+            self.append(self.parsed(entry))
 
     def __bool__(self) -> bool:
         return bool(self.groups) or self.decays is not None
 
-    def add(self, entry: dict[str, Any]) -> Group:
-        """Append a group; it takes the parameters that no earlier group matches."""
-        group = self._parse(entry, f"{self.default.owner} groups[{len(self.groups)}]")
+    def append(self, group: Group) -> None:
+        """Add a group at the end; it takes the parameters that no earlier group matches."""
         self.unmatched.add(len(self.groups))
         self.groups.append(group)
         self._resolved.clear()
-        return group
 
-    def set_lr(self, index: int, lr: mx.array | rates.Schedule) -> None:
-        """Give group ``index`` a learning rate of its own; raises ValueError if there is no such group."""
-        if not -len(self.groups) <= index < len(self.groups):
-            raise ValueError(f"[Adagrad] there is no group {index}: there are {len(self.groups)}.")
-        self.groups[index] = self.groups[index]._replace(lr=lr)
-        self._resolved.clear()
-
-    def _parse(self, entry: dict[str, Any], owner: str) -> Group:
+    def parsed(self, entry: dict[str, Any]) -> Group:
+        """The group that an entry of ``groups`` describes, to be the next one."""
+        owner = f"{self.default.owner} groups[{len(self.groups)}]"
         if not isinstance(entry, dict):
-            raise TypeError(f"[{owner}] a group must be a dict but got {entry!r}.")
-        for key in entry:
+            raise TypeError(f"[{owner}] a group must be a dict but got {checks.shown(entry)}.")
+        if "params" not in entry:
+            raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
+        return self._with(Group((), replace(self.default, owner=owner), None), entry, self.groups)
+
+    def with_options(self, index: int, options: dict[str, Any]) -> tuple[int, Group]:
+        """The index, counted from 0, and group ``index`` with these options in place of its own, not yet put there.
+
+        Raises:
+            ValueError: If there is no such group, or for an option as the constructor does.
+            TypeError: As the constructor.
+        """
+        index = checks.integer(self.default.owner, "index", index)
+        if not -len(self.groups) <= index < len(self.groups):
+            hint = "; a group of all parameters is groups=[{'params': '*'}]" if not self.groups else ""
+            raise ValueError(f"[{self.default.owner}] there is no group {index}: there are {len(self.groups)}{hint}.")
+        index %= len(self.groups)
+        return index, self._with(self.groups[index], options, self.groups[:index] + self.groups[index + 1 :])
+
+    def put(self, index: int, group: Group) -> bool:
+        """Make ``group`` that of ``index``; returns whether more has changed than one learning rate for another."""
+        old, self.groups[index] = self.groups[index], group
+        if old.patterns != group.patterns:
+            self.unmatched.add(index)
+        self._resolved.clear()
+        self._undecayed.clear()
+        return old._replace(lr=fixed(old.lr)) != group._replace(lr=fixed(group.lr))
+
+    def _with(self, group: Group, options: dict[str, Any], others: list[Group]) -> Group:
+        """``group`` with options that a group may have, checked."""
+        owner = group.rule.owner
+        for key in options:
             if key in self.ignored_keys:
-                checks.non_negative(owner, key, entry[key])
+                checks.non_negative(owner, key, options[key])
             elif key not in KEYS:
                 known = ", ".join((*KEYS, *self.ignored_keys))
                 raise ValueError(f"[{owner}] unknown key {key!r}: a group may have {known}.")
-        if "params" not in entry:
-            raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
-        patterns = self._patterns(entry["params"], owner)
-        rule = replace(self.default, owner=owner, **{k: entry[k] for k in RULE_KEYS if k in entry})
+        patterns = self._patterns(options["params"], owner, others) if "params" in options else group.patterns
+        rule = replace(group.rule, **{k: options[k] for k in RULE_KEYS if k in options})
         if rule.eps == 0 and not rule.initial_accumulator_value and self.eps_must_be_positive:
             raise ValueError(f"[{owner}] 'eps' should be >0 unless initial_accumulator_value is, but got {rule.eps}.")
-        lr = entry.get("lr")
+        lr = options.get("lr", group.lr)
         return Group(patterns, rule, None if lr is None else rates.parse(owner, "lr", lr))
 
-    def _patterns(self, params: Any, owner: str) -> tuple[str | Predicate, ...]:
+    def _patterns(self, params: Any, owner: str, others: list[Group]) -> tuple[str | Predicate, ...]:
         patterns = tuple(params) if isinstance(params, list | tuple) else (params,)
-        known = [p for group in self.groups for p in group.patterns]
+        known = [p for group in others for p in group.patterns]
         for i, pattern in enumerate(patterns):
             if not isinstance(pattern, str) and not callable(pattern):
-                raise TypeError(f"[{owner}] 'params' must be globs or a predicate (path, array) but got {pattern!r}.")
+                got = checks.shown(pattern)
+                raise TypeError(f"[{owner}] 'params' must be globs or a predicate (path, array) but got {got}.")
             if pattern in known or pattern in patterns[:i]:
                 raise ValueError(f"[{owner}] the pattern {pattern!r} is given twice: the second could never match.")
         if not patterns:

@@ -6,6 +6,7 @@
         "step": uint64, "learning_rate": float32,                 # as in mlx.optimizers; the rate of the last step
         "_mlx_adagrad": {
             "groups": [{"learning_rate": float32}, {}],           # the rates of groups that have one
+            "changes": bool (n,),                                 # only after a change that MLX has to trace again
             "rounding_seed": uint64,                              # only where something is rounded with random bits
         },
         "layers": [{"weight": {
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import checks
-from .groups import Groups
-from .leaves import Leaf, Leaves
+from .groups import Group, Groups
+from .leaves import RESERVED, Leaf, Leaves
 from .rates import Schedule, starting
 from .trees import fill, slot
 from .update.modifiers import Modifiers
@@ -71,15 +72,55 @@ class State(NamedTuple):
 
     def set_rate(self, rate: mx.array | Schedule) -> None:
         """Make ``rate`` the learning rate of the parameters in no group, in place of any schedule."""
-        self.schedules.pop("learning_rate", None)
+        number = starting(rate, self.step)
+        old = self.schedules.pop("learning_rate", None)
         if callable(rate):
             self.schedules["learning_rate"] = rate
-        self.tree["learning_rate"] = starting(rate, self.step)
+        self.tree["learning_rate"] = number
+        if old != self.schedules.get("learning_rate"):
+            self.mark_changed()
 
-    def set_group_rate(self, group: int) -> None:
-        """Write the learning rate that a group has got, as its schedule has it at this step."""
-        rate: Any = self.groups.groups[group].lr
-        self.groups.states(self.tree)[group]["learning_rate"] = starting(rate, self.step)
+    def add_group(self, entry: dict[str, Any]) -> None:
+        """Append a group, or raise and change nothing."""
+        group = self.groups.parsed(entry)
+        own = self._rate_entry(group)
+        self.groups.append(group)
+        self.groups.states(self.tree)[-1].update(own)
+        self.mark_changed()
+
+    def set_group(self, index: int, options: dict[str, Any]) -> None:
+        """Give a group other options, or raise and change nothing."""
+        index, group = self.groups.with_options(index, options)
+        own = self._rate_entry(group)
+        entry = self.groups.states(self.tree)[index]
+        entry.pop("learning_rate", None)
+        entry.update(own)
+        if self.groups.put(index, group):
+            self.mark_changed()
+
+    def _rate_entry(self, group: Group) -> dict[str, mx.array]:
+        """What a group has in the state: its learning rate, if it has one, as a schedule has it at this step."""
+        return {} if group.lr is None else {"learning_rate": starting(group.lr, self.step)}
+
+    def mark_changed(self) -> None:
+        """Have steps that were compiled with this state traced again, since a trace holds rules and schedules fixed.
+
+        MLX traces again where an array that a step has captured is new or has another shape: here one, whose length
+        counts the changes, so that no earlier trace ever fits again. It is no part of checkpoints.
+        """
+        if self.tree.keys() - set(RESERVED):  # without the state of a parameter nothing can have been traced yet
+            self.groups.changes += 1
+            self.restore_mark()
+
+    def restore_mark(self) -> None:
+        """Put the array of :meth:`mark_changed` back after other state has been filled in."""
+        count = self.groups.changes
+        own = self.tree.setdefault("_mlx_adagrad", {}) if count else self.tree.get("_mlx_adagrad")
+        if not isinstance(own, dict):
+            return  # none, or state of a wrong kind, which the next step refuses
+        own.pop("changes", None)
+        if count:
+            own["changes"] = mx.array([True] * count)
 
     def scheduled_rates(self, modifiers: Modifiers) -> list[Entry]:
         """Where each schedule writes, and what; a schedule may raise, so nothing is written yet."""

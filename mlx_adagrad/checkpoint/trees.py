@@ -18,6 +18,7 @@ from .safetensors import Entry, entry_of
 
 SHOWN = 10  # problems that an error message lists
 OWN = "_mlx_adagrad"  # where wrappers keep what is theirs
+CHANGES = f".{OWN}.changes"  # makes compiled steps of this process trace again; it belongs into no file
 SUMS = f".{OWN}.gradients."  # where a GradientAccumulation keeps its sums: of arrays, or of rows in parts
 Structure = Any  # dicts and lists whose leaves are names of arrays, or None
 
@@ -32,7 +33,8 @@ def pack(tree: Any, prefix: str, arrays: dict[str, mx.array]) -> Structure:
         for key in tree:
             if not isinstance(key, str):
                 raise TypeError(f"[checkpoint] the keys under '{prefix}' must be strings but got {key!r}.")
-        return {key: pack(child, f"{prefix}.{key}", arrays) for key, child in tree.items()}
+        kept = {key: child for key, child in tree.items() if not f"{prefix}.{key}".endswith(CHANGES)}
+        return {key: pack(child, f"{prefix}.{key}", arrays) for key, child in kept.items()}
     if isinstance(tree, list | tuple):
         return [pack(child, f"{prefix}.{i}", arrays) for i, child in enumerate(tree)]
     if tree is None:
@@ -95,7 +97,7 @@ def mismatches(saved: Any, live: Any, path: str, fresh: bool = False) -> Iterato
             name = f"{path}.{key}"
             if key in there and key in here and not (fresh and is_empty(here[key])):
                 yield from mismatches(there[key], here[key], name, fresh)
-            elif key not in there and not is_empty(here[key]):
+            elif key not in there and not is_empty(here[key]) and not name.endswith(CHANGES):
                 yield f"the file lacks '{name}'"
             elif key not in here and not is_empty(there[key]) and not fresh:
                 yield f"the file has '{name}', which is not known here"

@@ -114,9 +114,9 @@ class Wrapper(Configurable, Optimizer):
         """Append a parameter group to the inner optimizer; see :meth:`mlx_adagrad.Adagrad.add_group`."""
         self._grouped().add_group(group)
 
-    def set_group(self, index: int, *, lr: LearningRate) -> None:
-        """Set the learning rate of a parameter group; see :meth:`mlx_adagrad.Adagrad.set_group`."""
-        self._grouped().set_group(index, lr=lr)
+    def set_group(self, index: int, **options: Any) -> None:
+        """Change options of a parameter group of the inner optimizer; see :meth:`mlx_adagrad.Adagrad.set_group`."""
+        self._grouped().set_group(index, **options)
 
     def _grouped(self) -> Any:
         if not hasattr(self.optimizer, "add_group"):
