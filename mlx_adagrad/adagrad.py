@@ -11,6 +11,7 @@ from mlx.optimizers import Optimizer
 from . import checks, rates
 from .configurable import Configurable
 from .dispatch import Dispatch, Options
+from .distributed.sharding import LastCuts
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect
 from .matching import Known
@@ -18,7 +19,7 @@ from .rates import LearningRate
 from .state import State
 from .state_checks import Comparison, compare, restored, settle
 from .trees import Keys, optimizable
-from .update.accumulators import Dense
+from .update.accumulators import Dense, RowWise
 from .update.modifiers import UNMODIFIED, Modifiers
 from .update.rule import Rule
 from .update.step import Step
@@ -88,6 +89,7 @@ class Adagrad(Configurable, Optimizer):
     """
 
     rounding = "nearest"  # of optimizers pickled before there was a choice
+    _cuts = LastCuts()
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
     def __init__(
@@ -241,6 +243,8 @@ class Adagrad(Configurable, Optimizer):
         options, state = self._options, self._bookkeeping
         use_kernels = options.use_kernels()
         self.groups.check_matches(parameters)
+        if isinstance(self.accumulator, RowWise):
+            self._cuts.check_rows(parameters)
         if not self._initialized:  # or there is new state
             settle([self], parameters, gradients)
         leaves = collect(gradients, parameters, state.tree, state.storage, options.leaf_check)

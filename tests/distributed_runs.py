@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.distributed import shard_linear
 
 from cases import flat
 from mlx_adagrad import Adagrad, RowSparse, RowWise, SparseEmbedding, value_and_grad
 from mlx_adagrad.distributed import average_gradients, shard_embedding
-from mlx_adagrad.wrappers import ClipByGlobalNorm, SkipNonFinite
+from mlx_adagrad.distributed.sharding import cuts
+from mlx_adagrad.trees import present
+from mlx_adagrad.wrappers import (
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Constraint,
+    DynamicLossScale,
+    MaxNorm,
+    SkipNonFinite,
+)
 
 SCENARIOS: dict[str, Callable[..., None]] = {}
 ROWS, COLUMNS, BATCH = 23, 4, 6
@@ -178,6 +190,199 @@ def sharded_table(group: mx.distributed.Group) -> None:
         assert mx.all(table[ROWS:] == 0)
         near(model.inner.weight, want.inner.weight, 2e-5)
         same_everywhere(model.inner.parameters(), group)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Any = nn.Linear(8, 16)
+        self.second: Any = nn.Linear(16, 8)
+        self.last: Any = nn.Linear(8, 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.last(self.second(mx.tanh(self.first(x))))
+
+
+def layers() -> Layers:
+    mx.random.seed(6)
+    model = Layers()
+    mx.eval(model.parameters())
+    return model
+
+
+def tensor_parallel(model: Layers, group: mx.distributed.Group) -> None:
+    model.first = shard_linear(model.first, "all-to-sharded", group=group)
+    model.second = shard_linear(model.second, "sharded-to-all", group=group)
+
+
+def emulate_sum_scatter(group: mx.distributed.Group) -> None:
+    """What fully_shard needs and ring and MPI lack."""
+
+    def sum_scatter(x: mx.array, *, group: mx.distributed.Group = group, stream: Any = None) -> mx.array:
+        rows = len(x) // group.size()
+        return mx.distributed.all_sum(x, group=group)[group.rank() * rows : (group.rank() + 1) * rows]
+
+    mx.distributed.sum_scatter = sum_scatter  # type: ignore[assignment]
+
+
+def fully_sharded(model: Layers, group: mx.distributed.Group) -> None:
+    emulate_sum_scatter(group)
+    model.first, model.second = (nn.fully_shard(layer, group=group) for layer in (model.first, model.second))
+
+
+def regression(steps: int, ranks: int, bad: bool = False) -> tuple[mx.array, mx.array]:
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(steps, ranks * 4, 8)), 5 * rng.normal(size=(steps, ranks * 4, 1))
+    if bad:
+        x[1, -1, 0] = np.nan  # in the last rank's part of the second batch
+    return mx.array(x, mx.float32), mx.array(y, mx.float32)
+
+
+def sharded_stack(group: Any, sharded: Any = None) -> dict[str, Callable[[], Any]]:
+    told = {"group": group, "sharded": sharded}
+    return {
+        "global": lambda: ClipByGlobalNorm(Adagrad(0.1), 0.5, **told),
+        "torch": lambda: ClipByGlobalNorm(Adagrad(0.1), 0.5, "torch", **told),
+        "each": lambda: ClipByNorm(Adagrad(0.1), 0.2, **told),
+        "all": lambda: DynamicLossScale(
+            ClipByNorm(ClipByGlobalNorm(Adagrad(0.1), 0.5, **told), 0.2, **told), 4.0, 2, **told
+        ),
+        "clipped elements": lambda: SkipNonFinite(
+            ClipByValue(ClipByGlobalNorm(Adagrad(0.1), 0.5, **told), 0.3), **told
+        ),
+    }
+
+
+def whole_weights(model: Layers, group: mx.distributed.Group) -> dict[str, mx.array]:
+    """The parameters, those that are sharded put together again, by their names in the whole model."""
+    found = cuts(model)
+    whole = {}
+    for keys, w in present(model.parameters()):
+        if keys in found:
+            axis = found[keys].axis
+            w = mx.moveaxis(mx.distributed.all_gather(mx.contiguous(mx.moveaxis(w, axis, 0)), group=group), 0, axis)
+        whole[".".join(str(k) for k in keys if k != "module")] = w
+    return whole
+
+
+def train_layers(model: Layers, optimizer: Any, batches: Any, part: slice, average: Callable[[Any], Any]) -> None:
+    for x, y in zip(*batches, strict=True):
+        grad = nn.value_and_grad(model, lambda x, y: optimizer.scale_loss(nn.losses.mse_loss(model(x), y)))
+        _, gradients = grad(x[part], y[part])
+        optimizer.update(model, average(gradients))
+        mx.eval(model.parameters(), optimizer.state)
+
+
+@scenario
+def sharded_parameters(group: mx.distributed.Group) -> None:
+    rank, ranks, steps = group.rank(), group.size(), 4
+    batches = regression(steps, ranks)
+    own = slice(rank * 4, rank * 4 + 4)
+    for shard, part in ((tensor_parallel, slice(None)), (fully_sharded, own)):
+        for name, make in sharded_stack(group).items():
+            model, optimizer = layers(), make()
+            shard(model, group)
+            average = partial(average_gradients, group=group, sharded=model) if part == own else lambda g: g
+            train_layers(model, optimizer, batches, part, average)
+            want, alone = layers(), sharded_stack(None)[name]()
+            train_layers(want, alone, batches, slice(None), lambda g: g)
+            for path, w in whole_weights(model, group).items():
+                expected = dict(flat(want.parameters()))[path]
+                assert mx.allclose(w, expected, rtol=1e-5, atol=2e-6), (shard.__name__, name, path)
+            same_everywhere(model.last.parameters(), group)
+
+
+@scenario
+def a_nan_in_one_rank(group: mx.distributed.Group) -> None:
+    rank, ranks = group.rank(), group.size()
+    batches = regression(3, ranks, bad=True)
+    for make in (
+        lambda: SkipNonFinite(Adagrad(0.1), group=group),
+        lambda: DynamicLossScale(ClipByGlobalNorm(Adagrad(0.1), 0.5, group=group), 8.0, group=group),
+    ):
+        model, optimizer = layers(), make()
+        # not averaged: each rank goes its own way, but all leave out the same step
+        train_layers(model, optimizer, batches, slice(rank * 4, rank * 4 + 4), lambda g: g)
+        assert optimizer.step.item() == 2
+        if isinstance(optimizer, DynamicLossScale):
+            assert optimizer.dynamic_scale.item() == 4.0
+
+
+@scenario
+def one_exchange_for_all(group: mx.distributed.Group) -> None:
+    model = layers()
+    tensor_parallel(model, group)
+    optimizer = sharded_stack(group)["all"]()
+    gather, calls = mx.distributed.all_gather, []
+
+    def counted(*args: Any, **kwargs: Any) -> mx.array:
+        calls.append(args)
+        return gather(*args, **kwargs)
+
+    mx.distributed.all_gather = counted  # type: ignore[assignment]
+    try:
+        optimizer.update(model, model.trainable_parameters())
+    finally:
+        mx.distributed.all_gather = gather  # type: ignore[assignment]
+    assert len(calls) == 1
+    mx.eval(model.parameters(), optimizer.state)
+
+
+@scenario
+def what_cannot_be_right_on_a_part(group: mx.distributed.Group) -> None:
+    refused = [
+        (lambda: ClipByGlobalNorm(Adagrad(0.1), 1.0), "[ClipByGlobalNorm] 'first.weight' is sharded"),
+        (lambda: ClipByNorm(Adagrad(0.1), 1.0), "[ClipByNorm] 'first.weight' is sharded"),
+        (lambda: SkipNonFinite(Adagrad(0.1)), "[SkipNonFinite] 'first.weight' is sharded"),
+        (lambda: DynamicLossScale(Adagrad(0.1)), "[DynamicLossScale] 'first.weight' is sharded"),
+        (lambda: Constraint(Adagrad(0.1), {"first.*": MaxNorm(1.0, axis=0)}), "'first.weight' is sharded along axis 0"),
+        (lambda: Constraint(Adagrad(0.1), {"*.weight": "unit_norm"}), "UnitNorm(axis=0) cannot be right"),
+        (lambda: Adagrad(0.1, accumulator=RowWise()), "[RowWise] 'second.weight' is sharded along axis 1"),
+    ]
+    for make, message in refused:
+        model, optimizer = layers(), make()
+        tensor_parallel(model, group)
+        try:
+            optimizer.update(model, model.trainable_parameters())
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"not refused: {message}")
+        assert optimizer.step.item() == 0
+    model, optimizer = layers(), Constraint(Adagrad(0.1), {"first.weight": MaxNorm(1.0, axis=1), "*.bias": "non_neg"})
+    tensor_parallel(model, group)
+    optimizer.update(model, model.trainable_parameters())
+
+
+@scenario
+def a_fully_sharded_sparse_table(group: mx.distributed.Group) -> None:
+    rank, ranks, steps = group.rank(), group.size(), 3
+    emulate_sum_scatter(group)
+    rows = 4 * ranks
+    rng = np.random.default_rng(0)
+    ids = mx.array(rng.integers(0, rows, (steps, ranks * BATCH)), mx.int32)
+    y = mx.array(rng.normal(size=(steps, ranks * BATCH, 1)), mx.float32)
+
+    def make() -> Recommender:
+        mx.random.seed(5)
+        model = Recommender()
+        model.table = SparseEmbedding(rows, COLUMNS)
+        mx.eval(model.parameters())
+        return model
+
+    model, want = make(), make()
+    model.table = nn.fully_shard(model.table, group=group)
+    for one, part in ((model, slice(rank * BATCH, (rank + 1) * BATCH)), (want, slice(None))):
+        optimizer = Adagrad(0.1)
+        grad = value_and_grad(one, loss_of(one))
+        for t in range(steps):
+            _, gradients = grad(ids[t, part], y[t, part])
+            if one is model:
+                gradients = average_gradients(gradients, group, sharded=one)
+            optimizer.update(one, gradients)
+            mx.eval(one.parameters(), optimizer.state)
+    table = mx.distributed.all_gather(model.table.module.weight, group=group)
+    near(table, want.table.weight, 2e-5)
 
 
 def main() -> None:

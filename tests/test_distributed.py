@@ -67,7 +67,17 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     return results
 
 
-SCENARIOS = ["data_parallel", "other_numbers_of_rows", "compiled", "sharded_table"]
+SCENARIOS = [
+    "data_parallel",
+    "other_numbers_of_rows",
+    "compiled",
+    "sharded_table",
+    "sharded_parameters",
+    "a_nan_in_one_rank",
+    "one_exchange_for_all",
+    "what_cannot_be_right_on_a_part",
+    "a_fully_sharded_sparse_table",
+]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

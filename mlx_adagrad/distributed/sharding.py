@@ -6,6 +6,7 @@ MLX's own modules tell: those of ``nn.layers.distributed.shard_linear``, ``nn.fu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -50,6 +51,32 @@ def cuts(model: Module, predicate: Predicate | None = None) -> dict[Keys, Cut]:
     return found
 
 
+class LastCuts:
+    """The :func:`cuts` of the model that was asked for last, which a training loop asks for in every step."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, dict[Keys, Cut]] = (lambda: None), {}  # a weak reference to the model, and its cuts
+
+    def of(self, parameters: Any) -> dict[Keys, Cut]:
+        """The cuts of a module; a tree of arrays tells of none."""
+        if not isinstance(parameters, Module):
+            return {}
+        model, found = self._last
+        if model() is not parameters:
+            found = cuts(parameters)
+            self._last = weakref.ref(parameters), found
+        return found
+
+    def check_rows(self, parameters: Any) -> None:
+        """Raise ValueError for a parameter of whose rows each process has a part: none knows the mean of a row."""
+        for keys, cut in self.of(parameters).items():
+            if cut.axis > 0:
+                raise ValueError(
+                    f"[RowWise] '{dotted(keys)}' is sharded along axis {cut.axis}, so no process has a whole row: use "
+                    "Dense() for the accumulator."
+                )
+
+
 def is_sharded(sharded: Sharded | None) -> Callable[[Keys, Any], bool]:
     """A function of the keys and the array (or gradient) that tells whether it is a part.
 
@@ -92,9 +119,11 @@ def _cuts(tree: Any, keys: Keys, fully: bool) -> Iterator[tuple[Keys, Cut]]:
 def _cut_in(module: Any, key: Any, array: mx.array, fully: bool) -> Cut | None:
     """How the array that stands in ``module`` was cut."""
     if isinstance(module, ShardedEmbedding):
-        return Cut(0, rows=module.num_embeddings)
+        return Cut(0, rows=module.num_embeddings) if module.group.size() > 1 else None
     if fully:
         return Cut(0)
+    if isinstance(module, ALL_TO_SHARDED + SHARDED_TO_ALL) and module.group.size() == 1:
+        return None
     if isinstance(module, ALL_TO_SHARDED):
         return Cut(0 if key == "bias" else max(array.ndim - 2, 0))
     if isinstance(module, SHARDED_TO_ALL) and key != "bias":

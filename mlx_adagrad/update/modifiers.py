@@ -43,6 +43,7 @@ class Modifiers:
         apply: Where False, weights, state and step counts stay as they are. A Python ``False`` costs nothing; an array
             is selected on, never read.
         calls: Calls made so far, for learning-rate schedules; None: the optimizer's own step count.
+        findings: What several processes have found out together about the gradients; see wrappers/agreement.py.
     """
 
     scale: Scalar | None = None
@@ -50,6 +51,7 @@ class Modifiers:
     high: Scalar | None = None
     apply: mx.array | bool = True
     calls: mx.array | None = None
+    findings: Any = None
 
     def scaled(self, factor: Scalar) -> Modifiers:
         """These modifiers, then a factor: it scales what was clipped before, hence the bounds too."""

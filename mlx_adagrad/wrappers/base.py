@@ -35,6 +35,8 @@ class Wrapper(Configurable, Optimizer):
 
     # whether it is about the whole run, or called from outside too: it is refused where that cannot reach it
     whole_run = False
+    # whether it asks for the norms of gradients
+    needs_norms = False
 
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Optimizer):
@@ -186,6 +188,12 @@ class Wrapper(Configurable, Optimizer):
         for evaluation; without one it is as it is.
         """
         return self._nearest.averaged(model)
+
+    @property
+    def _norms_inside(self) -> bool:
+        """Whether a wrapper inside asks for norms of these gradients."""
+        inner = self.optimizer
+        return isinstance(inner, Wrapper) and (inner.needs_norms or inner._norms_inside)
 
     @property
     def _nearest(self) -> Configurable:

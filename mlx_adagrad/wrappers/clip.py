@@ -6,8 +6,10 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
+from ..distributed.sharding import Sharded
 from ..update.modifiers import Modifiers
 from . import reductions
+from .agreement import ALONE, Agreement, global_norm
 from .base import Wrapper
 
 
@@ -38,19 +40,40 @@ class ClipByNorm(Wrapper):
     Args:
         optimizer: The optimizer inside.
         max_norm: :math:`c \ge 0`; 0 and None switch the clip off.
+        group: Processes that each have a part of some gradients, or might see a NaN alone: all of them decide alike.
+            Default: ``None``, this process decides alone.
+        sharded: Which parameters each process has a part of: a module, or a predicate (path, array). Default: ``None``,
+            the model that is updated tells (``fully_shard``, ``shard_linear``, ``shard_embedding``).
 
     Raises:
-        ValueError: If ``max_norm`` is negative, infinite or NaN.
+        ValueError: If ``max_norm`` is negative, infinite or NaN; before a step without ``group`` in a sharded model.
     """
 
-    def __init__(self, optimizer: Optimizer, max_norm: float | None):
+    needs_norms = True
+    _agreement = ALONE
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_norm: float | None,
+        *,
+        group: mx.distributed.Group | None = None,
+        sharded: Sharded | None = None,
+    ):
         self.max_norm = _limit(self, "max_norm", max_norm)
+        self._agreement = Agreement(self._name, group, sharded)
         super().__init__(optimizer)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if self.max_norm and modifiers.apply is not False:
+            self._agreement.check(parameters)
             gradients = reductions.coalesced(self._name, gradients)
-            modifiers = modifiers.scaled(reductions.factors_to(self.max_norm, gradients, modifiers))
+            if self._agreement.active:
+                norms, modifiers = self._agreement.norms(gradients, parameters, modifiers)
+                factors = {keys: reductions.down_to(self.max_norm, norm) for keys, norm in norms.items()}
+            else:
+                factors = reductions.factors_to(self.max_norm, gradients, modifiers)
+            modifiers = modifiers.scaled(factors)
         return super().apply_modified(gradients, parameters, modifiers)
 
 
@@ -64,21 +87,46 @@ class ClipByGlobalNorm(Wrapper):
         optimizer: The optimizer inside.
         max_norm: :math:`c \ge 0`; 0 and None switch the clip off.
         rule: ``"keras"`` or ``"torch"``. Default: ``"keras"``.
+        group: Processes that each have a part of some gradients, or might see a NaN alone: all of them decide alike.
+            Default: ``None``, this process decides alone.
+        sharded: Which parameters each process has a part of: a module, or a predicate (path, array). Default: ``None``,
+            the model that is updated tells (``fully_shard``, ``shard_linear``, ``shard_embedding``).
 
     Raises:
-        ValueError: If ``max_norm`` is negative, infinite or NaN, or ``rule`` is neither.
+        ValueError: If ``max_norm`` is negative, infinite or NaN, or ``rule`` is neither; before a step without
+            ``group`` in a sharded model.
     """
 
-    def __init__(self, optimizer: Optimizer, max_norm: float | None, rule: str = "keras"):
+    needs_norms = True
+    _agreement = ALONE
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_norm: float | None,
+        rule: str = "keras",
+        *,
+        group: mx.distributed.Group | None = None,
+        sharded: Sharded | None = None,
+    ):
         self.rule = checks.one_of(self._name, "rule", rule, ("keras", "torch"))
         self.max_norm = _limit(self, "max_norm", max_norm)
+        self._agreement = Agreement(self._name, group, sharded)
         super().__init__(optimizer)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if self.max_norm and modifiers.apply is not False:
+            self._agreement.check(parameters)
             gradients = reductions.coalesced(self._name, gradients)
-            modifiers = modifiers.scaled(self._factor(reductions.global_norm(gradients, modifiers)))
+            norm, modifiers = self._norm(gradients, parameters, modifiers)
+            modifiers = modifiers.scaled(self._factor(norm))
         return super().apply_modified(gradients, parameters, modifiers)
+
+    def _norm(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> tuple[mx.array, Modifiers]:
+        if not self._agreement.active:
+            return reductions.global_norm(gradients, modifiers), modifiers
+        norms, modifiers = self._agreement.norms(gradients, parameters, modifiers)
+        return global_norm(norms), modifiers
 
     def _factor(self, norm: mx.array) -> mx.array:
         if self.rule == "torch":

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
+from ..distributed.sharding import LastCuts
 from ..groups import Predicate
 from ..leaves import rebuild
 from ..trees import FROZEN, Keys, dotted, existing, find, is_absent, present
@@ -116,6 +117,8 @@ class Constraint(Wrapper):
             constraint that makes no array, or one of a dtype that the weight cannot take.
     """
 
+    _cuts = LastCuts()
+
     def __init__(self, optimizer: Optimizer, constraints: Mapping[Any, str | Function]):
         if not isinstance(constraints, Mapping):
             raise TypeError(f"[{self._name}] 'constraints' must map patterns to constraints but got {constraints!r}.")
@@ -140,6 +143,7 @@ class Constraint(Wrapper):
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         self._check_matches(parameters)
+        self._check_shards(parameters)
         self._try(gradients, parameters)
         new = super().apply_modified(gradients, parameters, modifiers)
         if modifiers.apply is False:
@@ -151,6 +155,15 @@ class Constraint(Wrapper):
             return w
         new = self._imposed(keys, w)
         return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, w)
+
+    def _check_shards(self, parameters: Any) -> None:
+        """Raise ValueError where a constraint would need all of a parameter of which this process has a part."""
+        for keys, cut in self._cuts.of(parameters).items():
+            w = find(parameters, keys)
+            pattern = next((p for p in self.constraints if _matches(p, dotted(keys), w)), None)
+            if pattern is not None and not _acts_on_parts(self.constraints[pattern], cut.axis, w.ndim):
+                what = f"[{self._name}] '{dotted(keys)}' is sharded along axis {cut.axis}"
+                raise ValueError(f"{what}: {self.constraints[pattern]!r:.80} cannot be right on a part of it.")
 
     def _imposed(self, keys: Keys, w: mx.array) -> mx.array:
         """The weight under the first constraint that matches, checked; lazy."""
@@ -189,6 +202,13 @@ class Constraint(Wrapper):
             if not any(_matches(pattern, dotted(keys), w) for keys, w in leaves):
                 raise ValueError(f"[{self._name}] the pattern {pattern!r} matches no parameter; {FROZEN}.")
             self._unmatched.discard(pattern)
+
+
+def _acts_on_parts(constraint: Function, cut: int, ndim: int) -> bool:
+    """Whether a constraint on a part along the axis ``cut`` is that of the whole, as far as can be told."""
+    if isinstance(constraint, MaxNorm | UnitNorm):
+        return all(a % ndim != cut for a in _axes(constraint.axis))
+    return isinstance(constraint, NonNeg)
 
 
 def _matches(pattern: str | Predicate, path: str, w: mx.array) -> bool:

@@ -9,8 +9,10 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
+from ..distributed.sharding import Sharded
 from ..update.modifiers import Modifiers
 from . import reductions
+from .agreement import ALONE, Agreement
 from .base import Wrapper
 
 # Between these a scale and its inverse are normal numbers: at 0 or infinity it could not come back.
@@ -69,14 +71,29 @@ class DynamicLossScale(Scaling):
         optimizer: The optimizer inside.
         initial_scale: The loss scale to start from, > 0. Default: ``2**15``.
         dynamic_growth_steps: Finite steps in a row after which the scale doubles, >= 1. Default: ``2000``.
+        group: Processes that each have a part of some gradients, or might see a NaN alone: all of them decide alike.
+            Default: ``None``, this process decides alone.
+        sharded: Which parameters each process has a part of: a module, or a predicate (path, array). Default: ``None``,
+            the model that is updated tells (``fully_shard``, ``shard_linear``, ``shard_embedding``).
 
     Raises:
         ValueError: If ``initial_scale`` is not positive and finite, or ``dynamic_growth_steps`` is below 1.
     """
 
-    def __init__(self, optimizer: Optimizer, initial_scale: float = 2**15, dynamic_growth_steps: int = 2000):
+    _agreement = ALONE
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        initial_scale: float = 2**15,
+        dynamic_growth_steps: int = 2000,
+        *,
+        group: mx.distributed.Group | None = None,
+        sharded: Sharded | None = None,
+    ):
         self.initial_scale = checks.positive(self._name, "initial_scale", initial_scale)
         self.dynamic_growth_steps = checks.positive_integer(self._name, "dynamic_growth_steps", dynamic_growth_steps)
+        self._agreement = Agreement(self._name, group, sharded)
         super().__init__(optimizer)
 
     def _fresh(self) -> dict[str, Any]:
@@ -95,10 +112,10 @@ class DynamicLossScale(Scaling):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
-        self._check_asked()
-        scale, count = self._own["dynamic_scale"], self._own["step_counter"]
+        scale, count = self.dynamic_scale, self._own["step_counter"]
+        self._agreement.check(parameters)
         gradients = reductions.coalesced(self._name, gradients)
-        finite = reductions.all_finite(gradients, modifiers)
+        finite, modifiers = self._agreement.finite(gradients, parameters, modifiers, self._norms_inside)
         new = super().apply_modified(gradients, parameters, modifiers.scaled(1.0 / scale).gated(finite))
         grows = count == self.dynamic_growth_steps - 1
         scale = mx.where(finite, mx.where(grows, scale * 2.0, scale), scale * 0.5)

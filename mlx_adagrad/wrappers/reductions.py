@@ -28,6 +28,11 @@ def global_norm(gradients: Any, modifiers: Modifiers) -> mx.array:
     return _root(mx.sum(mx.stack(sums))) if sums else mx.array(0.0)
 
 
+def norms(gradients: Any, modifiers: Modifiers) -> dict[Keys, mx.array]:
+    """The 2-norm of each gradient as the update will see it, 0-d fp32."""
+    return {keys: _root(_square_sum(keys, g, modifiers)).astype(mx.float32) for keys, g in present(gradients)}
+
+
 def factors_to(limit: float, gradients: Any, modifiers: Modifiers) -> dict[Keys, mx.array]:
     """What scales the 2-norm of each gradient, as the update will see it, down to ``limit``, 0-d fp32."""
     leaves = [*present(gradients)]
@@ -65,7 +70,9 @@ def coalesced(owner: str, gradients: Any) -> Any:
     """
     if not any([is_row_sparse(owner, keys, g) for keys, g in present(gradients)]):
         return gradients
-    return mapped(lambda _, g: g.coalesce() if isinstance(g, RowSparse) else g, gradients)
+    summed = mapped(lambda _, g: g.coalesce() if isinstance(g, RowSparse) else g, gradients)
+    same = all(new is old for (_, new), (_, old) in zip(present(summed), present(gradients), strict=True))
+    return gradients if same else summed  # the same tree where there was nothing to sum
 
 
 def _values(g: mx.array | RowSparse) -> mx.array:

@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
+from ..distributed.sharding import Sharded
 from ..update.modifiers import Modifiers
 from . import reductions
+from .agreement import ALONE, Agreement
 from .base import Wrapper, read
 from .loss_scale import DynamicLossScale
 
@@ -24,13 +26,26 @@ class SkipNonFinite(Wrapper):
         on_skip: Called with the number of steps skipped so far, an int, after each step that was skipped; it may raise.
             Reads whether a step was skipped, which waits for the gradients; inside ``mx.compile`` it is not called.
             Default: ``None``.
+        group: Processes that each have a part of some gradients, or might see a NaN alone: all of them decide alike.
+            Default: ``None``, this process decides alone.
+        sharded: Which parameters each process has a part of: a module, or a predicate (path, array). Default: ``None``,
+            the model that is updated tells (``fully_shard``, ``shard_linear``, ``shard_embedding``).
 
     Raises:
         TypeError: If ``on_skip`` cannot be called.
         ValueError: If a :class:`DynamicLossScale` is inside, which could then never be halved.
     """
 
-    def __init__(self, optimizer: Optimizer, on_skip: Callable[[int], Any] | None = None):
+    _agreement = ALONE
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        on_skip: Callable[[int], Any] | None = None,
+        *,
+        group: mx.distributed.Group | None = None,
+        sharded: Sharded | None = None,
+    ):
         if on_skip is not None and not callable(on_skip):
             raise TypeError(f"[{self._name}] 'on_skip' must be None or callable with a count but got {on_skip!r}.")
         inner: Any = optimizer
@@ -39,6 +54,7 @@ class SkipNonFinite(Wrapper):
                 raise ValueError(f"[{self._name}] DynamicLossScale skips such steps by itself: leave {self._name} out.")
             inner = inner.optimizer
         self.on_skip = on_skip
+        self._agreement = Agreement(self._name, group, sharded)
         super().__init__(optimizer)
 
     def _fresh(self) -> dict[str, Any]:
@@ -52,8 +68,9 @@ class SkipNonFinite(Wrapper):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
+        self._agreement.check(parameters)
         gradients = reductions.coalesced(self._name, gradients)
-        finite = reductions.all_finite(gradients, modifiers)
+        finite, modifiers = self._agreement.finite(gradients, parameters, modifiers, self._norms_inside)
         new = super().apply_modified(gradients, parameters, modifiers.gated(finite))
         self._keep(modifiers, skipped_steps=self.skipped_steps + mx.logical_not(finite).astype(mx.uint64))
         if self.on_skip is not None and read(finite) is False:
