@@ -64,6 +64,8 @@ def train(
     if resume:
         run.resume()
     unfinished = run.adapters.with_name(".unfinished.safetensors")  # mlx-lm's last save; ours come from `run`
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()  # a folder that cannot be written must not end the run at its first save
     loss = _with_loss_scale(optimizer, loss or trainer.default_loss)
     with ExitStack() as stack:
         stack.callback(unfinished.unlink, missing_ok=True)
