@@ -155,7 +155,7 @@ def test_streams_change_no_bit(options, count, cpu, monkeypatch):
     by_lr, got = steps()
     assert bits(got) == want
     assert by_lr.item() == pytest.approx(want_by_lr.item(), rel=1e-5)  # a sum over all tensors, in another order
-    assert any(scalars.tiny is not None for _, scalars in assigned)
+    assert any(scalars.smallest is not None for _, scalars in assigned)
 
 
 TRANSFORMATIONS = {

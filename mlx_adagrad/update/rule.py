@@ -15,9 +15,12 @@ import mlx.core as mx
 
 from .. import checks
 
-# The smallest normal numbers stand in for a v of 0, which keeps the derivative of sqrt at 0, and 0/0, out of the
-# update: where v is 0, so is the gradient, and any positive root gives the same 0.
+# A v below the smallest normal number counts as 0, on every device: GPUs flush it.
 SMALLEST_NORMAL = {mx.float32: 2.0**-126, mx.float64: 2.0**-1022}
+# What stands in for a v of 0 under the root. A v that holds the gradient's square is 0 only where the gradient is 0, or
+# as small, and so is the update for any positive root. With this one the first derivatives are those of 0 next to any
+# common eps, and the second do not overflow, as they would at the smallest normal number: 0 times infinity is NaN.
+STAND_IN = {mx.float32: 2.0**-84, mx.float64: 2.0**-680}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Scalars(NamedTuple):
     """The numbers of one step, 0-d arrays: each enters the update as a scalar, never as a pass over memory.
 
     ``scale``, ``low``/``high`` and ``apply`` come from wrappers (loss scale, clipping, skipped steps); None where
-    unused. ``tiny`` is :data:`SMALLEST_NORMAL` as an array, where a constant will not do.
+    unused. ``smallest`` and ``stand_in`` are :data:`SMALLEST_NORMAL` and :data:`STAND_IN` as arrays, where constants
+    will not do.
     """
 
     lr: mx.array
@@ -104,7 +108,8 @@ class Scalars(NamedTuple):
     low: Any = None
     high: Any = None
     apply: Any = None
-    tiny: Any = None
+    smallest: Any = None
+    stand_in: Any = None
 
     def at(self, i: int) -> Scalars:
         """Those of tensor ``i``, where a list in place of an array holds one for each tensor."""
@@ -118,7 +123,7 @@ class Scalars(NamedTuple):
         return [unused if s is None else s for s, unused in zip(used, _unused(), strict=True)]
 
 
-KERNEL_SCALARS = Scalars._fields[:-1]  # a kernel has its own tiny
+KERNEL_SCALARS = Scalars._fields[:-2]  # a kernel has its own constants
 
 
 @cache
@@ -155,18 +160,21 @@ def accumulate(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars, po
     return mx.where(s.apply, total, v) if form.gated else total
 
 
-def denominator(form: Form, v: mx.array, s: Scalars) -> mx.array:
-    """``sqrt(v) + eps`` or ``sqrt(v + eps)``; where eps and v are both 0 it is infinite, which makes the update 0."""
+def divided(form: Form, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
+    """``g / (sqrt(v) + eps)`` or ``g / sqrt(v + eps)``; 0 where eps and v are both 0."""
     if form.eps_inside_sqrt:
         v = v + s.eps
-    root = mx.sqrt(mx.where(v, v, SMALLEST_NORMAL[v.dtype] if s.tiny is None else s.tiny))
+    smallest = SMALLEST_NORMAL[v.dtype] if s.smallest is None else s.smallest
+    none = v < smallest
     if form.eps_is_zero:
-        return mx.where(v, root, float("inf"))
-    return root if form.eps_inside_sqrt else root + s.eps
+        return mx.where(none, g - g, g / mx.sqrt(mx.where(none, 1.0, v)))  # a NaN stays one
+    stand_in = STAND_IN[v.dtype] if s.stand_in is None else s.stand_in
+    root = mx.sqrt(mx.where(none, stand_in if form.update_accumulator else smallest, v))
+    return g / (root if form.eps_inside_sqrt else root + s.eps)
 
 
 def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
-    """``w - lr g / denominator(v)`` for the ``v`` that already holds this gradient."""
+    """``w - lr g / (sqrt(v) + eps)``, or with eps inside, for the ``v`` that already holds this gradient."""
     decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
-    new = decayed - s.lr * effective_gradient(form, w, g, s) / denominator(form, v, s)
+    new = decayed - divided(form, s.lr * effective_gradient(form, w, g, s), v, s)
     return mx.where(s.apply, new, w) if form.gated else new

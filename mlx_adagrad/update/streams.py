@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .devices import on_cpu
-from .rule import SMALLEST_NORMAL, Scalars
+from .rule import SMALLEST_NORMAL, STAND_IN, Scalars
 
 # Work on this many elements (a tensor, or a batch of small ones) goes to the stream with the least work; for less it
 # does not pay.
@@ -48,8 +48,12 @@ class StreamScheduler:
         # stream one more alias of an alias, since equal ones would become one too.
         key = extra, id(scalars)
         if key not in self._scalars:
-            tiny = mx.array(SMALLEST_NORMAL[scalars.lr.dtype], scalars.lr.dtype)
-            given = {name: s for name, s in scalars._replace(tiny=tiny)._asdict().items() if s is not None}
+            dtype = scalars.lr.dtype
+            constants = {
+                "smallest": mx.array(SMALLEST_NORMAL[dtype], dtype),
+                "stand_in": mx.array(STAND_IN[dtype], dtype),
+            }
+            given = {name: s for name, s in scalars._replace(**constants)._asdict().items() if s is not None}
             with mx.stream(_extra_streams()[extra]):
                 for _ in range(extra + 1):
                     # an alias that, unlike mx.contiguous, can be exported
