@@ -92,6 +92,7 @@ class Adagrad(Configurable, Optimizer):
     _cuts = LastCuts()
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
+    @checks.hinted
     def __init__(
         self,
         learning_rate: LearningRate,
@@ -234,6 +235,7 @@ class Adagrad(Configurable, Optimizer):
             TypeError: For a gradient or parameter that is no array. Nothing has changed then.
             RuntimeError: With ``fused=True`` where no kernel can run. Nothing has changed then.
         """
+        checks.tree("Adagrad", gradients, parameters)
         if self._is_idle(gradients):
             return {}
         return self.apply_modified(gradients, parameters, UNMODIFIED)

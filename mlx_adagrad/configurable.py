@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn import Module
 
+from . import checks
+
 
 class Configurable:
     """Mixin: the call of :mod:`mlx_adagrad.presets` that made an optimizer, and what whole-run features offer, as it is
@@ -29,6 +31,23 @@ class Configurable:
             name = type(self).__name__
             raise TypeError(f"[{name}] only an optimizer that mlx_adagrad.presets returned has a config.")
         return self._recipe.config(self)
+
+    def update(self, model: Module, gradients: dict) -> None:
+        """Update the parameters of ``model`` in place.
+
+        Args:
+            model: A module.
+            gradients: A tree of gradients, as :func:`mlx.nn.value_and_grad` returns it.
+
+        Raises:
+            TypeError: If ``model`` is no module: what is not changed in place would go on as if nothing had happened.
+        """
+        checks.module(type(self).__name__, model, gradients)
+        model.update(self.apply_gradients(gradients, model))
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Return the updated parameters, a tree in the shape of ``gradients``."""
+        raise NotImplementedError
 
     @property
     def iterations(self) -> mx.array:

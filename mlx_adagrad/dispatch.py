@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from . import checks
+from .checks import shown
 from .groups import Groups
 from .leaves import Leaf, Leaves
 from .sparse import kernels as row_kernels
@@ -58,7 +59,7 @@ class Options:
         """
         if accumulator is not None and not isinstance(accumulator, Dense):
             kinds = "Dense(), RowWise() or Quantized()"
-            raise TypeError(f"[Adagrad] 'accumulator' must be {kinds} but got {accumulator!r}.")
+            raise TypeError(f"[Adagrad] 'accumulator' must be {kinds} but got {shown(accumulator)}.")
         if fused is not None:
             checks.boolean("Adagrad", "fused", fused)
         checks.boolean("Adagrad", "differentiable", differentiable)

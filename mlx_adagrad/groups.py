@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import mlx.core as mx
 
 from . import checks, rates
+from .checks import shown
 from .leaves import Leaves
 from .trees import FROZEN, Keys, dotted, existing
 from .update.rule import Rule
@@ -29,6 +30,14 @@ class Group(NamedTuple):
     def matches(self, path: str, parameter: mx.array) -> bool:
         """Whether the parameter at ``path`` belongs to this group."""
         return any(_matches(pattern, path, parameter) for pattern in self.patterns)
+
+
+def listed(owner: str, groups: Any) -> list[Any]:
+    """The entries of ``groups`` as a list; raises TypeError for what is none, as a single group."""
+    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
+        hint = ": put the dict in a list" if isinstance(groups, Mapping) else ""
+        raise TypeError(f"[{owner}] 'groups' must be a list of dicts but got {shown(groups)}{hint}.")
+    return list(groups)
 
 
 def fixed(rate: mx.array | rates.Schedule | None) -> Any:
@@ -69,7 +78,7 @@ class Groups:
         eps_must_be_positive: bool = False,
     ):
         if decays is not None and not callable(decays):
-            raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {checks.shown(decays)}.")
+            raise TypeError(f"[{rule.owner}] 'weight_decay_mask' must be callable but got {shown(decays)}.")
         self.default = rule
         self.decays = decays
         self.ignored_keys = ignored_keys
@@ -79,7 +88,7 @@ class Groups:
         self._resolved: dict[Keys, tuple[int | None, Rule]] = {}
         self._undecayed: dict[int | None, Rule] = {}
         self.unmatched: set[int] = set()
-        for entry in [] if entries is None else entries:
+        for entry in [] if entries is None else listed(rule.owner, entries):
             self.append(self.parsed(entry))
 
     def __bool__(self) -> bool:
@@ -95,7 +104,7 @@ class Groups:
         """The group that an entry of ``groups`` describes, to be the next one."""
         owner = f"{self.default.owner} groups[{len(self.groups)}]"
         if not isinstance(entry, dict):
-            raise TypeError(f"[{owner}] a group must be a dict but got {checks.shown(entry)}.")
+            raise TypeError(f"[{owner}] a group must be a dict but got {shown(entry)}.")
         if "params" not in entry:
             raise ValueError(f"[{owner}] 'params' is missing: a glob, a list of globs, or a predicate (path, array).")
         return self._with(Group((), replace(self.default, owner=owner), None), entry, self.groups)
@@ -144,7 +153,7 @@ class Groups:
         known = [p for group in others for p in group.patterns]
         for i, pattern in enumerate(patterns):
             if not isinstance(pattern, str) and not callable(pattern):
-                got = checks.shown(pattern)
+                got = shown(pattern)
                 raise TypeError(f"[{owner}] 'params' must be globs or a predicate (path, array) but got {got}.")
             if pattern in known or pattern in patterns[:i]:
                 raise ValueError(f"[{owner}] the pattern {pattern!r} is given twice: the second could never match.")

@@ -29,6 +29,9 @@ def parse(owner: str, name: str, value: Any) -> mx.array | Schedule:
     """
     if isinstance(value, CheckedSchedule):
         return value
+    hint = "" if is_keras_schedule(value) else checks.parameters_hint(value)
+    if hint:
+        raise TypeError(f"[{owner}] '{name}' must be a number, array or schedule but got {checks.shown(value)}{hint}.")
     if is_keras_schedule(value):
         from . import schedules
 

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.optimizers as optim
 from mlx.optimizers import Optimizer
 
+from . import checks
+
 
 @contextmanager
 def stand_in(name: str, make: Callable[..., Optimizer]) -> Iterator[None]:
@@ -35,9 +37,11 @@ def stand_in(name: str, make: Callable[..., Optimizer]) -> Iterator[None]:
     """
     real: Any = getattr(optim, name, None) if isinstance(name, str) else None
     if not (isinstance(real, type) and issubclass(real, Optimizer)):
-        raise ValueError(f"[stand_in] 'name' must be that of an optimizer in mlx.optimizers but got {name!r}.")
+        wanted = "that of an optimizer in mlx.optimizers"
+        raise ValueError(f"[stand_in] 'name' must be {wanted} but got {checks.shown(name)}.")
     if not callable(make):
-        raise TypeError(f"[stand_in] 'make' must be callable with the arguments of {name} but got {make!r}.")
+        wanted = f"callable with the arguments of {name}"
+        raise TypeError(f"[stand_in] 'make' must be {wanted} but got {checks.shown(make)}.")
     setattr(optim, name, _class_of(real, make))
     try:
         yield
@@ -59,7 +63,8 @@ def _class_of(real: type, make: Callable[..., Optimizer]) -> type:
             finally:
                 setattr(optim, real.__name__, shown)
             if not isinstance(made, Optimizer):
-                raise TypeError(f"[stand_in] 'make' must return an mlx.optimizers.Optimizer but got {made!r}.")
+                wanted = "an mlx.optimizers.Optimizer"
+                raise TypeError(f"[stand_in] 'make' must return {wanted} but got {checks.shown(made)}.")
             return made
 
         def __instancecheck__(cls, instance: Any) -> bool:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checks import boolean
+from ..checks import boolean, shown
 from ..stand_in import stand_in
 from . import known, options, run_file, sparse, training
 
@@ -103,7 +103,8 @@ def _optimizer(lora: Any, args: Any) -> Any:
         try:
             return lora.build_schedule(described)
         except Exception as error:
-            raise ValueError(f"[{options.OWNER}] mlx-lm cannot build the schedule {described!r}: {error!r}.") from error
+            got = f"{shown(described)}: {error!r}"
+            raise ValueError(f"[{options.OWNER}] mlx-lm cannot build the schedule {got}.") from error
 
     rate = schedule(args.lr_schedule) if args.lr_schedule else args.learning_rate
     optimizer = options.optimizer_of(config, rate, schedule)

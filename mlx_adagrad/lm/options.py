@@ -10,6 +10,7 @@ import mlx_adagrad
 
 from .. import checks, schedules
 from ..adagrad import Adagrad
+from ..checks import shown
 from ..rates import LearningRate
 from ..schedules.named import call_with
 from ..update.accumulators import Dense
@@ -87,7 +88,7 @@ def _checked(options: Any) -> dict[str, Any]:
     if options is None:
         return {}
     if not isinstance(options, Mapping):
-        raise TypeError(f"[{OWNER}] must be a mapping of options but got {options!r}.")
+        raise TypeError(f"[{OWNER}] must be a mapping of options but got {shown(options)}.")
     known = [name for name in inspect.signature(Adagrad).parameters if name not in NO_JSON]
     for key in options:
         if key in NO_JSON:
@@ -112,7 +113,7 @@ def _named(owner: str, kinds: Mapping[str, Callable[..., Any]], value: Any) -> A
     arguments = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"[{owner}] must be one of {', '.join(kinds)} but got {value!r}.")
+        raise ValueError(f"[{owner}] must be one of {', '.join(kinds)} but got {shown(value)}.")
     return call_with(owner, kinds[name], arguments)
 
 

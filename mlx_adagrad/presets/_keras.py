@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from .. import checks, rates
 from ..adagrad import Adagrad
+from ..checks import shown
 from ..groups import Groups
 from ..rates import LearningRate
 from ..update.rule import Rule
@@ -156,7 +157,7 @@ def _or_zero(owner: str, name: str, value: float | None) -> float:
 
 def _check_label(owner: str, name: Any) -> None:
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"[{owner}] 'name' must be a string but got {name!r}.")
+        raise TypeError(f"[{owner}] 'name' must be a string but got {shown(name)}.")
 
 
 def _check_clips(**clips: float | None) -> None:
@@ -181,7 +182,7 @@ def _decays(excluded: list[str] | None) -> Callable[[str, mx.array], bool] | Non
         return None
     if not isinstance(excluded, list | tuple) or not all(isinstance(pattern, str) for pattern in excluded):
         wanted = "a list of regular expressions"
-        raise TypeError(f"[keras] 'exclude_from_weight_decay' must be {wanted} but got {excluded!r}.")
+        raise TypeError(f"[keras] 'exclude_from_weight_decay' must be {wanted} but got {shown(excluded)}.")
     try:
         for pattern in excluded:
             re.compile(pattern)

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import checks, rates
 from ..adagrad import Adagrad
+from ..checks import shown
 from ..groups import Groups
 from ..rates import LearningRate
 from ..update.rule import Rule
@@ -82,7 +83,7 @@ def mindspore_nn(
         TypeError: For what is no number or no bool, or an ``accum`` that is no float.
     """
     if isinstance(accum, Integral):
-        raise TypeError(f"[mindspore_nn] 'accum' must be a float but got {accum!r}.")
+        raise TypeError(f"[mindspore_nn] 'accum' must be a float but got {shown(accum)}.")
     scale = checks.positive("mindspore_nn", "loss_scale", loss_scale)
     rule = Rule(
         eps=0.0,

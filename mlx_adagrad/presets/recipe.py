@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from .. import schedules
 from ..adagrad import Adagrad
-from ..groups import RULE_KEYS, Groups
+from ..checks import bound, shown
+from ..groups import RULE_KEYS, Groups, listed
 from ..trees import present
 from ..wrappers.constraint import NAMED
 
@@ -73,13 +74,9 @@ def preset(build: Callable[P, Made], *, needs_gradient: bool = False) -> Callabl
 
     @functools.wraps(build)
     def make(*args: P.args, **kwargs: P.kwargs) -> Made:
-        try:
-            given = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"[presets.{build.__name__}] {error}.") from None
-        given.apply_defaults()
+        given = bound(f"presets.{build.__name__}", signature, args, kwargs)
         if given.arguments.get("groups") is not None:
-            given.arguments["groups"] = _listed(build.__name__, given.arguments["groups"])
+            given.arguments["groups"] = listed(f"presets.{build.__name__}", given.arguments["groups"])
         optimizer = build(*given.args, **given.kwargs)
         optimizer._recipe = Recipe(build.__name__, dict(given.arguments), needs_gradient)
         return optimizer
@@ -99,12 +96,12 @@ def from_config(config: Mapping[str, Any]) -> Any:
         TypeError: If a value has a wrong type.
     """
     if not isinstance(config, Mapping):
-        raise TypeError(f"[presets] a config must be a dict but got {config!r}.")
+        raise TypeError(f"[presets] a config must be a dict but got {shown(config)}.")
     name, arguments = config.get("preset"), {key: value for key, value in config.items() if key != "preset"}
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"[presets] there is no preset {name!r}, only {', '.join(sorted(PRESETS))}.")
+        raise ValueError(f"[presets] there is no preset {shown(name)}, only {', '.join(sorted(PRESETS))}.")
     known = inspect.signature(PRESETS[name]).parameters
-    groups = [_revived(group) for group in _listed(name, arguments.pop("groups", None) or [])]
+    groups = [_revived(group) for group in listed(f"presets.{name}", arguments.pop("groups", None) or [])]
     for key in arguments:
         if key not in known:
             raise ValueError(f"[presets] {name} does not know {key!r}.")
@@ -121,12 +118,6 @@ def innermost(optimizer: Any) -> Adagrad:
     while not isinstance(optimizer, Adagrad):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _listed(name: str, groups: Any) -> list[Any]:
-    if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
-        raise TypeError(f"[presets.{name}] 'groups' must be a list of dicts but got {groups!r}.")
-    return list(groups)
 
 
 def _revived(arguments: Any) -> Any:
@@ -190,7 +181,7 @@ def _revived_constraint(config: Any) -> Any:
         return config
     name, arguments = config.get("name"), {key: value for key, value in config.items() if key != "name"}
     if name not in NAMED:
-        raise ValueError(f"[presets] there is no constraint {name!r}, only {', '.join(NAMED)}.")
+        raise ValueError(f"[presets] there is no constraint {shown(name)}, only {', '.join(NAMED)}.")
     return schedules.call_with("presets", NAMED[name], arguments)
 
 
@@ -204,4 +195,4 @@ def _plain(owner: str, name: str, value: Any) -> Any:
         return {key: _plain(owner, name, child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(owner, name, child) for child in value]
-    raise TypeError(f"[{owner}] '{name}' holds {value!r}, which a config cannot.")
+    raise TypeError(f"[{owner}] '{name}' holds {shown(value)}, which a config cannot.")

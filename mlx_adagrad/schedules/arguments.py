@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import mlx.core as mx
 
 from .. import checks
+from ..checks import shown
 from ..update.compiled import compiled
 from .named import from_config
 
@@ -40,7 +41,7 @@ def _period(owner: str, name: str, value: Any) -> int:
 def _list_of(check: Check) -> Check:
     def check_all(owner: str, name: str, values: Any) -> list[Any]:
         if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-            raise TypeError(f"[{owner}] '{name}' must be a list of numbers but got {values!r}.")
+            raise TypeError(f"[{owner}] '{name}' must be a list of numbers but got {shown(values)}.")
         return [check(owner, name, value) for value in values]
 
     return check_all
@@ -53,7 +54,7 @@ def _one_of(*words: str) -> Check:
 def _scales(owner: str, name: str, value: Any) -> dict[str, float]:
     """Keys as JSON has them, strings, in the order of the steps that they name."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"[{owner}] '{name}' must map steps to factors but got {value!r}.")
+        raise TypeError(f"[{owner}] '{name}' must map steps to factors but got {shown(value)}.")
     try:
         factors = {int(step): factor for step, factor in value.items()}
     except (TypeError, ValueError) as error:
@@ -64,7 +65,7 @@ def _scales(owner: str, name: str, value: Any) -> dict[str, float]:
 def _schedules(owner: str, name: str, values: Any) -> list[Callable[[mx.array], Any]]:
     """At least one schedule: of this package, of MLX's, the config of one, or another function of the step."""
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"[{owner}] '{name}' must be a list of schedules but got {values!r}.")
+        raise TypeError(f"[{owner}] '{name}' must be a list of schedules but got {shown(values)}.")
     schedules = [from_config(value) if isinstance(value, Mapping) else value for value in values]
     if not schedules:
         raise ValueError(f"[{owner}] '{name}' must hold at least one schedule.")
@@ -73,16 +74,16 @@ def _schedules(owner: str, name: str, values: Any) -> list[Callable[[mx.array], 
 
 def _options_list(owner: str, name: str, values: Any) -> list[dict[str, Any]]:
     if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"[{owner}] '{name}' must be a list of dicts but got {values!r}.")
+        raise TypeError(f"[{owner}] '{name}' must be a list of dicts but got {shown(values)}.")
     options = list(values)
     if not options or not all(isinstance(value, Mapping) for value in options):
-        raise ValueError(f"[{owner}] '{name}' must hold at least one dict, and nothing else, but got {options!r}.")
+        raise ValueError(f"[{owner}] '{name}' must hold at least one dict, and nothing else, but got {shown(options)}.")
     return [dict(value) for value in options]
 
 
 def _function(owner: str, name: str, function: Any) -> Any:
     if not callable(function):
-        raise TypeError(f"[{owner}] '{name}' must be a function of the step but got {function!r}.")
+        raise TypeError(f"[{owner}] '{name}' must be a function of the step but got {shown(function)}.")
     return function
 
 

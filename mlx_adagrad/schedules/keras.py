@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from ..checks import shown
 from .arguments import Duration, Flag, NonNegative, NonNegatives, Time
 from .curves import cosine_restarts, periods, polynomial, warm_up
 from .named import NamedSchedule, call_with, named
@@ -169,9 +170,9 @@ def from_keras(schedule: Any) -> NamedSchedule:
     elif callable(getattr(schedule, "get_config", None)):
         name, config = type(schedule).__name__, schedule.get_config()
     else:
-        raise TypeError(f"[from_keras] expected a Keras schedule or its config but got {schedule!r}.")
+        raise TypeError(f"[from_keras] expected a Keras schedule or its config but got {shown(schedule)}.")
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"[from_keras] there is no schedule {name!r} here, only {', '.join(CLASSES)}.")
+        raise ValueError(f"[from_keras] there is no schedule {shown(name)} here, only {', '.join(CLASSES)}.")
     if isinstance(config, Mapping):
         config = {key: value for key, value in config.items() if key != "name"}  # a label for graphs
     return call_with("from_keras", CLASSES[name], config)

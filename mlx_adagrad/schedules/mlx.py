@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from .. import checks
+from ..checks import shown
 
 MLX: dict[str, Callable[..., Callable[[mx.array], mx.array]]] = {
     "cosine_decay": optim.cosine_decay,
@@ -41,7 +42,7 @@ def plain_options(name: str, options: Mapping[str, Any], convert: Callable[[Any]
         return {key: number(key, value) for key, value in options.items()}
     for key, values in options.items():
         if not isinstance(values, (list, tuple)):
-            raise TypeError(f"[join_schedules] '{key}' must be a list but got {values!r}.")
+            raise TypeError(f"[join_schedules] '{key}' must be a list but got {shown(values)}.")
     return {
         key: [convert(value) if key == "schedules" else number(key, value) for value in values]
         for key, values in options.items()

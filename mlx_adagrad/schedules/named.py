@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, get_args, get_type_hints
 
 import mlx.core as mx
 
+from ..checks import bound, shown
 from . import mlx
 
 P = ParamSpec("P")
@@ -66,11 +67,7 @@ def named(formula: Callable[Concatenate[mx.array, P], Any]) -> Callable[P, Named
 
     @functools.wraps(formula)
     def factory(*args: P.args, **kwargs: P.kwargs) -> NamedSchedule:
-        try:
-            given = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"[{name}] {error}.") from None
-        given.apply_defaults()
+        given = bound(name, signature, args, kwargs)
         config = dict(given.arguments)
         for key, value in config.items():
             if value is not None or parameters[key].default is not None:
@@ -94,7 +91,8 @@ def get_config(schedule: Callable[..., Any]) -> dict[str, Any]:
         return schedule.get_config()
     config = mlx.config_of(schedule, get_config)
     if config is None:
-        raise TypeError(f"[schedules] only schedules made here or by mlx.optimizers can be saved, not {schedule!r}.")
+        known = "schedules made here or by mlx.optimizers"
+        raise TypeError(f"[schedules] only {known} can be saved, not {shown(schedule)}.")
     return config
 
 
@@ -106,10 +104,10 @@ def from_config(config: Any) -> Callable[[mx.array], mx.array]:
         TypeError: If an option has a wrong type.
     """
     if not isinstance(config, Mapping) or set(config) != {"name", "config"}:
-        raise ValueError(f"[schedules] a config must have 'name' and 'config' but got {config!r}.")
+        raise ValueError(f"[schedules] a config must have 'name' and 'config' but got {shown(config)}.")
     name, options = config["name"], config["config"]
     if not isinstance(name, str) or name not in FACTORIES | mlx.MLX:
-        raise ValueError(f"[schedules] there is no schedule {name!r}.")
+        raise ValueError(f"[schedules] there is no schedule {shown(name)}.")
     if name in mlx.MLX and isinstance(options, Mapping):
         options = mlx.plain_options(name, options, from_config)
     return call_with("schedules", (FACTORIES | mlx.MLX)[name], options)
@@ -134,7 +132,7 @@ def call_with(owner: str, function: Callable[..., Any], options: Any) -> Any:
         ValueError: If ``options`` is no mapping, or names an option too many or too few.
     """
     if not isinstance(options, Mapping):
-        raise ValueError(f"[{owner}] the options of {function.__name__} must be a mapping but got {options!r}.")
+        raise ValueError(f"[{owner}] the options of {function.__name__} must be a mapping but got {shown(options)}.")
     known = inspect.signature(function).parameters
     unknown = [key for key in options if key not in known]
     missing = [key for key in known if key not in options and known[key].default is inspect.Parameter.empty]

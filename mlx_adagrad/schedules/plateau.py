@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from .. import checks
+from ..checks import shown
 
 # what changes from one call of `step` to the next, by torch's names
 COUNTERS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -57,7 +58,7 @@ class ReduceLROnPlateau:
     ):
         owner = "ReduceLROnPlateau"
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"[{owner}] 'optimizer' must be an mlx.optimizers.Optimizer but got {optimizer!r}.")
+            raise TypeError(f"[{owner}] 'optimizer' must be an mlx.optimizers.Optimizer but got {shown(optimizer)}.")
         self.mode = checks.one_of(owner, "mode", mode, ("min", "max"))
         self.factor = checks.non_negative(owner, "factor", factor)
         if self.factor >= 1:

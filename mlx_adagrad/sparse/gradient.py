@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from ..checks import shown
 from ..update import devices, kernels
 from ..update.accumulators import COMPUTE_DTYPE
 from . import kernels as row_kernels
@@ -147,7 +148,7 @@ def _check(indices: Any, values: Any, num_rows: Any) -> None:
         if not isinstance(array, mx.array):
             raise TypeError(f"[RowSparse] '{name}' must be an array but got {type(array).__name__}.")
     if isinstance(num_rows, bool) or not isinstance(num_rows, int):
-        raise TypeError(f"[RowSparse] 'num_rows' must be an int but got {num_rows!r}.")
+        raise TypeError(f"[RowSparse] 'num_rows' must be an int but got {shown(num_rows)}.")
     if not 0 <= num_rows < 2**31:
         raise ValueError(f"[RowSparse] 'num_rows' must be between 0 and 2^31 - 1 but got {num_rows}.")
     if not mx.issubdtype(indices.dtype, mx.integer):

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import checks
+from ..checks import shown
 from . import quantization, rounding
 
 # What each parameter dtype computes in; a dtype that is not here is no parameter that can be optimised.
@@ -53,7 +54,7 @@ class Dense:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             allowed = ", ".join(map(repr, DTYPES))
-            raise ValueError(f"[{type(self).__name__}] 'dtype' must be one of {allowed} but got {self.dtype!r}.")
+            raise ValueError(f"[{type(self).__name__}] 'dtype' must be one of {allowed} but got {shown(self.dtype)}.")
 
     def at(self, parameter: mx.array) -> Dense:
         """The accumulator that holds for this parameter."""

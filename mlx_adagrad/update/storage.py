@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checks import shown
 from . import rounding
 from .accumulators import EXPONENTS, HALF, Dense
 
@@ -27,7 +28,7 @@ class Storage:
     def __post_init__(self) -> None:
         if self.rounding not in rounding.MODES:
             allowed = ", ".join(map(repr, rounding.MODES))
-            raise ValueError(f"[Adagrad] 'rounding' must be one of {allowed} but got {self.rounding!r}.")
+            raise ValueError(f"[Adagrad] 'rounding' must be one of {allowed} but got {shown(self.rounding)}.")
 
     @property
     def draws(self) -> bool:

@@ -9,6 +9,8 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import MultiOptimizer, Optimizer
 
+from .. import checks
+from ..checks import shown
 from ..configurable import Configurable
 from ..matching import Known
 from ..rates import LearningRate
@@ -40,7 +42,8 @@ class Wrapper(Configurable, Optimizer):
 
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"[{self._name}] 'optimizer' must be an mlx.optimizers.Optimizer but got {optimizer!r}.")
+            wanted = "an mlx.optimizers.Optimizer"
+            raise TypeError(f"[{self._name}] 'optimizer' must be {wanted} but got {shown(optimizer)}.")
         refuse_inside(self._name, optimizer)
         super().__init__()
         self.optimizer = optimizer
@@ -149,6 +152,7 @@ class Wrapper(Configurable, Optimizer):
             gradients: A tree of gradients; a missing key, an empty ``{}`` and a None are absent gradients.
             parameters: A tree of parameters, which may be a superset of the gradients (a whole model).
         """
+        checks.tree(self._name, gradients, parameters)
         if self._is_idle(gradients):
             return {}
         self._settle(parameters, gradients)

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from .. import checks
+from ..checks import shown
 from ..distributed.sharding import LastCuts
 from ..groups import Predicate
 from ..leaves import rebuild
@@ -86,7 +87,7 @@ def _axes(axis: Any) -> tuple[Any, ...] | list[Any]:
 
 def _check_axis(owner: str, axis: Any) -> None:
     if any(isinstance(a, bool) or not isinstance(a, Integral) for a in _axes(axis)):
-        raise TypeError(f"[{owner}] 'axis' must be an integer or a tuple of integers but got {axis!r}.")
+        raise TypeError(f"[{owner}] 'axis' must be an integer or a tuple of integers but got {shown(axis)}.")
 
 
 def _with_norm(owner: str, w: mx.array, axis: int | tuple[int, ...]) -> tuple[mx.array, mx.array]:
@@ -121,7 +122,8 @@ class Constraint(Wrapper):
 
     def __init__(self, optimizer: Optimizer, constraints: Mapping[Any, str | Function]):
         if not isinstance(constraints, Mapping):
-            raise TypeError(f"[{self._name}] 'constraints' must map patterns to constraints but got {constraints!r}.")
+            wanted = "map patterns to constraints"
+            raise TypeError(f"[{self._name}] 'constraints' must {wanted} but got {shown(constraints)}.")
         self.constraints = {self._pattern(p): self._function(c) for p, c in constraints.items()}
         self._unmatched = set(self.constraints)
         self._tried: dict[Keys, tuple] = {}
@@ -130,16 +132,16 @@ class Constraint(Wrapper):
     def _pattern(self, pattern: str | Predicate) -> str | Predicate:
         if isinstance(pattern, str) or callable(pattern):
             return pattern
-        raise TypeError(f"[{self._name}] a pattern must be a glob or a predicate but got {pattern!r}.")
+        raise TypeError(f"[{self._name}] a pattern must be a glob or a predicate but got {shown(pattern)}.")
 
     def _function(self, constraint: str | Function) -> Function:
         if isinstance(constraint, str):
             if constraint in NAMED:
                 return NAMED[constraint]()
-            raise ValueError(f"[{self._name}] there is no constraint {constraint!r}, only {', '.join(NAMED)}.")
+            raise ValueError(f"[{self._name}] there is no constraint {shown(constraint)}, only {', '.join(NAMED)}.")
         if callable(constraint):
             return constraint
-        raise TypeError(f"[{self._name}] a constraint must be a name or a callable but got {constraint!r}.")
+        raise TypeError(f"[{self._name}] a constraint must be a name or a callable but got {shown(constraint)}.")
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         self._check_matches(parameters)
@@ -171,7 +173,7 @@ class Constraint(Wrapper):
         pattern = next((p for p in self.constraints if _matches(p, path, w)), None)
         if pattern is None:
             return w
-        what, by = f"[{self._name}] the constraint of '{path}'", f"by the pattern {pattern!r}"
+        what, by = f"[{self._name}] the constraint of '{path}'", f"by the pattern {shown(pattern)}"
         try:
             new: Any = self.constraints[pattern](w)
         except ValueError as error:
@@ -200,7 +202,7 @@ class Constraint(Wrapper):
         leaves = [(keys, w) for keys, w in existing(parameters) if w.dtype in COMPUTE_DTYPE]
         for pattern in list(self._unmatched) if leaves else ():
             if not any(_matches(pattern, dotted(keys), w) for keys, w in leaves):
-                raise ValueError(f"[{self._name}] the pattern {pattern!r} matches no parameter; {FROZEN}.")
+                raise ValueError(f"[{self._name}] the pattern {shown(pattern)} matches no parameter; {FROZEN}.")
             self._unmatched.discard(pattern)
 
 

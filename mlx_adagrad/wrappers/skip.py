@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
+from ..checks import shown
 from ..distributed.sharding import Sharded
 from ..update.modifiers import Modifiers
 from . import reductions
@@ -47,7 +48,7 @@ class SkipNonFinite(Wrapper):
         sharded: Sharded | None = None,
     ):
         if on_skip is not None and not callable(on_skip):
-            raise TypeError(f"[{self._name}] 'on_skip' must be None or callable with a count but got {on_skip!r}.")
+            raise TypeError(f"[{self._name}] 'on_skip' must be None or callable with a count but got {shown(on_skip)}.")
         inner: Any = optimizer
         while isinstance(inner, Wrapper):
             if isinstance(inner, DynamicLossScale):
