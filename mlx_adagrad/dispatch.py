@@ -18,7 +18,7 @@ from .sparse import narrow as row_narrow
 from .sparse import ops as row_ops
 from .sparse.gradient import RowSparse
 from .trees import dotted
-from .update import kernels, narrow
+from .update import kernels, narrow, narrow_kernels
 from .update.accumulators import Dense
 from .update.batches import Batch
 from .update.rounding import Keys
@@ -96,7 +96,7 @@ class Options:
     def has_kernel(self, gradient: Any, parameter: mx.array) -> bool:
         """Whether there is a kernel for these arrays."""
         if not self.storage.is_plain(parameter):
-            return False
+            return narrow_kernels.supports(self.storage, parameter, gradient, self.differentiable, self.lazy)
         accumulator = self.accumulator.at(parameter)
         if isinstance(gradient, RowSparse) and self.lazy:
             return not self.differentiable and row_kernels.supports(accumulator, parameter, gradient.values)
@@ -221,20 +221,22 @@ class Dispatch(NamedTuple):
         if isinstance(g, RowSparse) and not options.lazy:
             g = g.coalesce().to_dense()  # in fp32
         if not options.storage.is_plain(w):
-            w = self._update_narrow(plan, w, g, state, self.keys.of(keys))
+            w = self._update_narrow(plan, w, g, state, self.keys.of(keys), fused)
         else:
             w = self._update_plain(plan, w, g, state, fused)
         if plan.rule.step_per_parameter:
             self._count(state)
         return w
 
-    def _update_narrow(self, plan: Plan, w: mx.array, g: Any, state: dict, key: mx.array) -> mx.array:
+    def _update_narrow(self, plan: Plan, w: mx.array, g: Any, state: dict, key: mx.array, fused: bool) -> mx.array:
         """Update a parameter whose weights or ``v`` are rounded with care."""
         storage = self.options.storage
         functions = narrow.functions(plan.form, narrow.Kind.of(storage, w, self.options.differentiable))
         kept = storage.kept(state)
         if isinstance(g, RowSparse):
-            w, kept = row_narrow.update(functions, w, g, kept, plan.scalars, key)
+            w, kept = row_narrow.update(functions, w, g, kept, plan.scalars, key, fused)
+        elif fused:
+            w, kept = narrow_kernels.Launch(functions, w, g, kept, plan.scalars, key).run()
         else:
             w, kept = functions.update(w, g, kept, plan.scalars, key, self.step.streams)
         state.update(kept)

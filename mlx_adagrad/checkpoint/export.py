@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from ..update.accumulators import Dense
+from ..update.accumulators import RowWise, dense_v
 from ..update.rule import Rule
 from ..wrappers import SkipNonFinite
 from . import trees
-from .foreign import Names, V, match
+from .foreign import Names, match
 from .install import Live
 
 EVERYWHERE = {"eps_inside_sqrt": False, "update_accumulator": True, "decoupled_weight_decay": False}
@@ -57,7 +57,7 @@ def _foreign_options(rules: Iterable[Rule], required: Mapping[str, Any]) -> Iter
 def _foreign_state(live: Live) -> Iterable[str]:
     if live.adagrad.groups.decays is not None:
         yield "weight_decay_mask"
-    if type(live.adagrad.accumulator) is not Dense:
+    if isinstance(live.adagrad.accumulator, RowWise):
         yield f"{live.adagrad.accumulator}"
     for wrapper in live.wrappers:
         if wrapper.state[trees.OWN] and not isinstance(wrapper, SkipNonFinite):
@@ -66,7 +66,9 @@ def _foreign_state(live: Live) -> Iterable[str]:
 
 def _part(live: Live, path: str, key: Any, axes: tuple[int, ...] | None) -> Part:
     state = live.slots[path].state
-    v, step = state[V], state.get("step", live.adagrad.step)
+    v, step = dense_v(state), state.get("step", live.adagrad.step)
+    if live.adagrad.accumulator.is_random(v):  # elsewhere it would be rounded to nearest, and stand still
+        v = v.astype(mx.float32)
     if axes is not None:  # from our order back to theirs
         with mx.stream(mx.cpu):
             v = mx.transpose(v, sorted(range(len(axes)), key=lambda axis: axes[axis]))

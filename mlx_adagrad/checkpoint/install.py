@@ -12,7 +12,9 @@ from mlx.optimizers import Optimizer
 from ..adagrad import Adagrad
 from ..leaves import RESERVED
 from ..trees import dotted, labels, name
+from ..update.accumulators import EXPONENTS, stored_like
 from ..update.rule import Rule
+from ..update.storage import COMPENSATION
 from ..wrappers import ExponentialMovingAverage, GradientAccumulation
 from . import trees
 from .foreign import AVERAGE, GRADIENT, Foreign, Matched, Names, V, match
@@ -101,11 +103,20 @@ class Place(NamedTuple):
         return None
 
     def value(self) -> mx.array:
-        """The array as it goes there: in the dtype of the one that it replaces."""
+        """The array in the dtype of the one that it replaces; for a ``v`` in 8 bits, the numbers in fp32."""
         array = self.entry.read()
         with mx.stream(mx.cpu):
             array = array if self.axes is None else mx.transpose(array, self.axes)
-            return array.astype(self.holder[self.key].dtype)
+            quantized = self.is_v and EXPONENTS in self.holder
+            return array.astype(mx.float32 if quantized else self.holder[self.key].dtype)
+
+    def stored(self, value: mx.array) -> dict[str, mx.array]:
+        """What to put into the holder for this value; the compensation of other weights goes."""
+        if not self.is_v:
+            return {self.key: value}
+        rest = {key: mx.zeros_like(self.holder[key]) for key in (COMPENSATION,) if key in self.holder}
+        with mx.stream(mx.cpu):
+            return stored_like(self.holder, value) | rest
 
     def is_sound(self, value: mx.array) -> mx.array:
         """Whether a run can have got to this value; from others it would go on to NaN."""
@@ -133,9 +144,12 @@ def install(live: Live, foreign: Foreign, names: Names | None, strict: bool = Tr
     new += [(holder, "learning_rate", mx.array(rate, mx.float32)) for holder, rate in _rates(live, foreign, matched)]
     new += [(holder, "step", mx.array(step, mx.uint64)) for holder, step in _steps(live, foreign, matched)]
     new += [(own, key, number) for kind, key, number in foreign.counters if (own := live.own(kind)) is not None]
-    new += [(place.holder, place.key, place.value()) for place in places]
+    values = [place.value() for place in places]
+    mx.eval([array for _, _, array in new], values)
+    _check_values(places, values)
+    for place, value in zip(places, values, strict=True):
+        new += [(place.holder, key, array) for key, array in place.stored(value).items()]
     mx.eval([array for _, _, array in new])
-    _check_values(places, [array for _, _, array in new[-len(places) :]])
     for holder, key, array in new:
         holder[key] = array
     return matched
@@ -157,7 +171,8 @@ def _places(live: Live, foreign: Foreign, path: str, key: Any, axes: Any) -> Ite
         holder, where = (state, V) if kind == V else (live.kept[kind], name(keys))
         yield Place(path, holder, where, entry, axes, kind == V)
     if V not in foreign.tensors[key]:
-        initial = live.adagrad.accumulator.init(state[V], live.adagrad.rule.initial_accumulator_value)
+        like = mx.zeros(state[V].shape) if EXPONENTS in state else state[V]
+        initial = live.adagrad.accumulator.plain.init(like, live.adagrad.rule.initial_accumulator_value)
         yield Place(path, state, V, entry_of(initial), None, True)
 
 

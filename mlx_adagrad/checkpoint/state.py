@@ -17,6 +17,7 @@ from ..wrappers.swap import holds_averages, own_parameters
 from . import kinds, safetensors, trees
 from .atomic import replacing
 from .config import describe, differences, stack
+from .fitted import fitted
 
 FORMAT = "mlx_adagrad"
 VERSION = 1
@@ -66,7 +67,8 @@ def load(
         path: A file that :func:`save` wrote.
         optimizer: An optimizer built as the saved one was.
         model: A module, or a tree of its parameters, to load the saved parameters into. Default: ``None``.
-        strict: Refuse other hyperparameters than the saved ones. Default: ``True``.
+        strict: Refuse other hyperparameters than the saved ones. ``False``: a ``v`` that was kept in another way (fp32,
+            bf16, 8 bits) is converted, too. Default: ``True``.
 
     Raises:
         ValueError: If the file is damaged, or does not fit; each difference is named. Or if the model holds averages at
@@ -81,6 +83,8 @@ def load(
         saved["optimizer"] = trees.renamed(saved["optimizer"], optimizer.state)
         if model is not None and saved["model"] is None:
             raise ValueError("it was saved without a model")
+        if not strict:
+            saved["optimizer"] = fitted(saved["optimizer"], optimizer.state)
         problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
         for name, tree in live.items():
             problems += trees.mismatches(saved[name], tree, name)

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..update import narrow, quantization, rounding
+from ..update import narrow, narrow_kernels, quantization, rounding
 from ..update.accumulators import COMPUTE_DTYPE, EXPONENTS
 from ..update.compiled import compiled
 from ..update.narrow import Kept
@@ -17,7 +17,13 @@ from .gradient import RowSparse, assign_rows
 
 
 def update(
-    functions: narrow.Functions, w: mx.array, gradient: RowSparse, kept: Kept, s: Scalars, key: mx.array
+    functions: narrow.Functions,
+    w: mx.array,
+    gradient: RowSparse,
+    kept: Kept,
+    s: Scalars,
+    key: mx.array,
+    fused: bool = False,
 ) -> tuple[mx.array, Kept]:
     """The new weights and state; rows that the gradient does not name stay as they are, bit for bit.
 
@@ -31,8 +37,9 @@ def update(
         kept: The arrays of its state.
         s: The numbers of the step.
         key: The key of the parameter in this step, four words.
+        fused: Whether kernels run.
     """
-    gradient = gradient.coalesced_by(False, functions.kind.differentiable)
+    gradient = gradient.coalesced_by(fused, functions.kind.differentiable)
     if gradient.values.size == 0:
         return w, kept
     rows, targets = _row_functions(functions), gradient.targets()
@@ -42,7 +49,10 @@ def update(
     kept_rows = {name: x[targets] for name, x in kept.items()}
     w_rows = w[targets]
     evaluate([w_rows, kept_rows])
-    new_w, new = rows.update(w_rows, gradient.values, kept_rows, targets, live, s, key, w.shape)
+    if fused:
+        new_w, new = narrow_kernels.Launch(functions, w_rows, gradient.values, kept_rows, s, key, (targets, live)).run()
+    else:
+        new_w, new = rows.update(w_rows, gradient.values, kept_rows, targets, live, s, key, w.shape)
     return put(w, new_w, targets, live), {name: put(kept[name], x, targets, live) for name, x in new.items()}
 
 

@@ -221,10 +221,8 @@ class Quantized(Dense):
     def stored(self, parameter: mx.array, v: mx.array) -> dict[str, mx.array]:
         if not self.quantizes(parameter):
             return super().stored(parameter, v)
-        lowest = mx.zeros(quantization.exponents_shape(parameter.shape, self.block), mx.uint8)
-        bits = rounding.all_words(v.shape, _fixed_key())
-        codes, exponents = quantization.encode(v.astype(mx.float32), lowest, bits)
-        return {"v": codes, EXPONENTS: exponents}
+        shape = quantization.exponents_shape(parameter.shape, self.block)
+        return stored_like({EXPONENTS: mx.zeros(shape, mx.uint8)}, v)
 
     def adopted(self, parameter: mx.array, state: dict[str, Any]) -> dict[str, mx.array] | None:
         given = state.get(EXPONENTS)
@@ -238,6 +236,15 @@ class Quantized(Dense):
 def dense_v(state: dict[str, Any]) -> mx.array:
     """The ``v`` in the state of one parameter, one number for each element, however it is kept."""
     return quantization.decode(state["v"], state[EXPONENTS]) if EXPONENTS in state else state["v"]
+
+
+def stored_like(state: dict[str, Any], v: mx.array) -> dict[str, mx.array]:
+    """``v``, one number for each element, in the way that ``state`` keeps its own."""
+    if EXPONENTS not in state:
+        return {"v": v.astype(state["v"].dtype)}
+    bits = rounding.all_words(v.shape, _fixed_key())
+    codes, exponents = quantization.encode(v.astype(mx.float32), mx.zeros_like(state[EXPONENTS]), bits)
+    return {"v": codes, EXPONENTS: exponents}
 
 
 def quantized_problem(state: dict[str, Any]) -> str | None:

@@ -156,17 +156,25 @@ def grid(shape: tuple[int, ...], per_thread: int) -> Where:
 
 
 @cache
-def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], strided: bool = False) -> Any:
+def kernel(
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    strided: bool = False,
+    header: str | None = None,
+    before: str = "",
+) -> Any:
     """The kernel whose body is ``metal/<name>.metal``, built once, at its first launch.
 
-    ``strided``: it reads its inputs where they lie; else MLX copies first what is not row-contiguous.
+    ``strided``: it reads its inputs where they lie; else MLX copies first what is not row-contiguous. ``header``: one
+    more file with helpers. ``before``: code in front of the body.
     """
     return mx.fast.metal_kernel(
         name=f"mlx_adagrad_{name}",
         input_names=list(inputs),
         output_names=list(outputs),
-        header=source("rule") + source("layout"),
-        source=source(name),
+        header=source("rule") + source("layout") + (source(header) if header else ""),
+        source=f"{before}\n{source(name)}" if before else source(name),
         ensure_row_contiguous=not strided,
     )
 
