@@ -142,7 +142,8 @@ class Dispatch(NamedTuple):
         if not self.fused or self.options.differentiable or not leaves.complete:
             return False
         one = len(leaves.dtypes[0]) == len(leaves.dtypes[1]) == 1
-        return one and self.options.has_kernel(leaves.gradients[0], leaves.parameters[0])
+        w = leaves.parameters[0]
+        return one and self.options.storage.is_plain(w) and self.options.has_kernel(leaves.gradients[0], w)
 
     def _by_rule(self, leaves: Leaves) -> Iterable[tuple[Plan | None, list[int]]]:
         """Leaves of one dtype by their rule and the group that has their learning rate."""
@@ -163,8 +164,8 @@ class Dispatch(NamedTuple):
         options = self.options
         found: dict[Any, tuple[Plan | None, list[int]]] = {}
         for i, (g, w, keys) in enumerate(zip(leaves.gradients, leaves.parameters, leaves.keys, strict=True)):
-            single = options.differentiable or isinstance(g, RowSparse) or not options.has_kernel(g, w)
-            plan = None if single else self._plan(keys, w)
+            single = options.differentiable or isinstance(g, RowSparse) or not options.storage.is_plain(w)
+            plan = None if single or not options.has_kernel(g, w) else self._plan(keys, w)
             found.setdefault(id(plan), (plan, []))[1].append(i)
         return found.values()
 

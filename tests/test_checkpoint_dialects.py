@@ -44,6 +44,7 @@ from mlx_adagrad.checkpoint import (
     import_mindspore,
     import_mlx,
     import_torch,
+    kinds,
 )
 from mlx_adagrad.wrappers import ClipByNorm, DynamicLossScale, ExponentialMovingAverage, SkipNonFinite
 
@@ -453,3 +454,11 @@ def test_what_stock_mlx_does_not_have_is_refused() -> None:
     export_mlx(trained(SkipNonFinite(ClipByNorm(Adagrad(0.1), 1.0)))[0])
 
 
+
+
+@pytest.mark.parametrize("start", [b"\x80\x04", b"\x80\x02", b"PK", b"\x1f\x8b"], ids=str)
+def test_the_length_of_a_header_may_look_like_another_kind_of_file(start, tmp_path):
+    length = int.from_bytes(start, "little")
+    header = b'{"__metadata__":{"format":"mlx_adagrad"}}'.ljust(length)
+    (tmp_path / "file").write_bytes(length.to_bytes(8, "little") + header)
+    assert kinds.expect(tmp_path / "file", kinds.OWN) == kinds.OWN

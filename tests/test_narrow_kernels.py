@@ -1,5 +1,7 @@
 """The Metal kernels of weights and accumulators in few bits: bit for bit the operations, in one launch."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,8 +37,8 @@ def assert_equal(storage, fused, plain, shape):
     np.testing.assert_allclose(to_numpy(fused[0]["w"]), to_numpy(plain[0]["w"]), atol=0.04)
 
 
-def both(storage, w, gs, fused: bool | None = True, **options):
-    fused, plain = (adagrad(storage, fused=f, **options) for f in (fused, False))
+def both(storage, w, gs, use_kernels: bool | None = True, **options: Any):
+    fused, plain = (adagrad(storage, fused=f, **options) for f in (use_kernels, False))
     one = two = {"w": w}
     for g in gs:
         one, two = fused.apply_gradients({"w": g}, one), plain.apply_gradients({"w": g}, two)
@@ -46,6 +48,20 @@ def both(storage, w, gs, fused: bool | None = True, **options):
 
 EACH_BODY = ["compensated", "row_wise", "stochastic_8bit"]
 each_body = pytest.mark.parametrize("storage", [pytest.param(STORAGES[name], id=name) for name in EACH_BODY])
+
+
+@storages
+def test_several_parameters(storage):
+    shapes = {"a": (9, 40), "b": (40,), "c": (9, 40), "d": (3, 2)}
+    groups = [{"params": "c", "lr": 0.2}]
+    for more in (None, groups):
+        fused, plain = (adagrad(storage, fused=f, groups=more) for f in (True, False))
+        one = two = {name: weights(shape, mx.bfloat16) for name, shape in shapes.items()}
+        g = {name: gradients(shape, mx.bfloat16, steps=1)[0] for name, shape in shapes.items()}
+        for _ in range(2):
+            one, two = fused.apply_gradients(g, one), plain.apply_gradients(g, two)
+        for name, shape in shapes.items():
+            assert_equal(storage, ({"w": one[name]}, fused.state[name]), ({"w": two[name]}, plain.state[name]), shape)
 
 
 @options

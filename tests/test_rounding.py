@@ -232,9 +232,10 @@ def test_the_seed_is_drawn_from_mlx_and_saved():
 
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
 def test_without_random_bits_no_seed_is_drawn(rounding):
-    before = mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    before = state[0].tolist()
     optimizer = Adagrad(0.1, rounding=rounding)
-    assert "_mlx_adagrad" not in optimizer.state and mx.random.state[0].tolist() == before
+    assert "_mlx_adagrad" not in optimizer.state and state[0].tolist() == before
 
 
 def test_another_state_keeps_the_seed_unless_it_has_one():

@@ -46,9 +46,9 @@ def _fitted_state(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]
 def _with_seed(saved: dict[str, Any], live: dict[str, Any]) -> dict[str, Any]:
     """The seed of the live optimizer where the file has none, and none where the optimizer has none."""
     own, here = saved.get(OWN), live.get(OWN)
-    has_seed = isinstance(here, dict) and isinstance(here.get(SEED), mx.array)
-    if has_seed and (own is None or (isinstance(own, dict) and SEED not in own)):
-        return {**saved, OWN: {**(own or {}), SEED: entry_of(here[SEED])}}
-    if not has_seed and isinstance(own, dict) and isinstance(own.get(SEED), Entry):
+    seed = here.get(SEED) if isinstance(here, dict) else None
+    if isinstance(seed, mx.array) and (own is None or (isinstance(own, dict) and SEED not in own)):
+        return {**saved, OWN: {**(own or {}), SEED: entry_of(seed)}}
+    if seed is None and isinstance(own, dict) and isinstance(own.get(SEED), Entry):
         return {**saved, OWN: {key: child for key, child in own.items() if key != SEED}}
     return saved

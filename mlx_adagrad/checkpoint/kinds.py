@@ -113,6 +113,9 @@ def _of_file(name: str) -> str | None:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - 8))
         end = stream.read(8)
+        # first: the length of a header may be the first bytes of anything, a pickle's too
+        if (kind := _of_safetensors(stream, start, size)) is not None:
+            return kind
         kind = next((kind for magic, kind in STARTS if start.startswith(magic)), None)
         if kind is None and start[:2] == b"PK":
             return _of_zip(stream)
@@ -124,7 +127,7 @@ def _of_file(name: str) -> str | None:
             return "tensorflow"
         if kind is None and os.path.basename(name) in ("saved_model.pb", "keras_metadata.pb"):
             return "saved_model"
-        return kind or _of_safetensors(stream, start, size)
+        return kind
 
 
 def _of_zip(stream: IO[bytes]) -> str | None:

@@ -91,6 +91,8 @@ class Dense:
 
     def state(self, parameter: mx.array, value: float) -> dict[str, mx.array]:
         """What is kept beside ``parameter`` at the start, by the keys in its state."""
+        if self.is_random(parameter):
+            return self.stored(parameter, mx.full(self.shape(parameter), value, mx.float32))
         return {"v": self.init(parameter, value)}
 
     def stored(self, parameter: mx.array, v: mx.array) -> dict[str, mx.array]:
@@ -212,11 +214,6 @@ class Quantized(Dense):
 
     def storage_dtype(self, parameter: mx.array) -> mx.Dtype:
         return mx.uint8 if self.quantizes(parameter) else super().storage_dtype(parameter)
-
-    def state(self, parameter: mx.array, value: float) -> dict[str, mx.array]:
-        if not self.quantizes(parameter):
-            return super().state(parameter, value)
-        return self.stored(parameter, mx.full(parameter.shape, value, mx.float32))
 
     def stored(self, parameter: mx.array, v: mx.array) -> dict[str, mx.array]:
         if not self.quantizes(parameter):
