@@ -3,6 +3,7 @@
 from . import old_names as old_names
 from .adagrad import Adagrad
 from .export import export_step, load_step
+from .sparse.bag import SparseEmbeddingBag
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .sparse.trainers import sparse_gradients
@@ -18,6 +19,7 @@ __all__ = [
     "RowSparse",
     "RowWise",
     "SparseEmbedding",
+    "SparseEmbeddingBag",
     "export_step",
     "load_step",
     "sparse_gradients",

@@ -666,7 +666,7 @@ def test_training_equals_stock():
 
 def test_the_code_in_the_docs_runs():
     text = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text()
-    loop, gradient, trainer = re.findall(r"```python\n(.*?)```", text, re.S)
+    loop, bags, gradient, trainer = re.findall(r"```python\n(.*?)```", text, re.S)
     x, y = mx.array([3, 5, 3]), mx.zeros((3, 1))
     scope: dict[str, Any] = {"batches": [(x, y)] * 2, "partial": partial, "RowSparse": RowSparse}
     exec(loop.replace("1_000_000", "1000"), scope)
@@ -678,6 +678,8 @@ def test_the_code_in_the_docs_runs():
     mx.eval(model.parameters())
     scope["train"] = lambda model, *_: scope.update(kind=nn.value_and_grad(model, lambda x: model(x).sum())(x)[1])
     exec(trainer, scope)
+    exec("import mlx.core as mx\n" + bags.replace("1_000_000", "1000"), scope)
+    assert scope["sums"].shape == (3, 64) and scope["same_length"].shape == (2, 64)
     assert isinstance(scope["kind"]["layers"][0]["weight"], RowSparse)
 
 

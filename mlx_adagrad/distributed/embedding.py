@@ -75,10 +75,14 @@ def shard_embedding(embedding: nn.Embedding, group: mx.distributed.Group | None 
 
     Raises:
         TypeError: For any other layer, quantised embeddings and subclasses included.
+        ValueError: For a table with a ``padding_idx`` or a ``max_norm``.
     """
     if type(embedding) not in (nn.Embedding, SparseEmbedding):
         given = type(embedding).__name__
         raise TypeError(f"[{OWNER}] only an nn.Embedding or a SparseEmbedding can be sharded, not {given}.")
+    for option in ("padding_idx", "max_norm"):
+        if getattr(embedding, option, None) is not None:
+            raise ValueError(f"[{OWNER}] a sharded table knows no '{option}', which this SparseEmbedding has.")
     group = group or mx.distributed.init()
     rows = len(embedding.weight)
     sharded = ShardedEmbedding(1, 1)

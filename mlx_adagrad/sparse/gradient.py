@@ -162,6 +162,11 @@ def _check(indices: Any, values: Any, num_rows: Any) -> None:
         raise ValueError(f"[RowSparse] a table of 0 rows has no row for {indices.size} indices.")
 
 
+def distinct_rows(indices: mx.array, values: mx.array, num_rows: int) -> RowSparse:
+    """A gradient that is coalesced already: ascending indices, then ``num_rows``, whose values are 0."""
+    return _coalesced(indices, values, num_rows)
+
+
 def _coalesced(indices: mx.array, values: mx.array, num_rows: int) -> RowSparse:
     gradient = RowSparse(indices, values, num_rows)
     gradient._coalesced = True

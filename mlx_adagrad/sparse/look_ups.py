@@ -8,13 +8,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..update import kernels
-from .gradient import RowSparse, canonical, named
+from .gradient import RowSparse, canonical, distinct_rows, named
 
 _thread = threading.local()
 _owners: dict[int, int] = {}  # the threads that differentiate tables now, by the id of the module
@@ -25,6 +25,43 @@ def rows_of(weight: mx.array, x: mx.array) -> mx.array:
     """Rows of a table; 0 for an index that names none."""
     exists = named(x, len(weight))
     return mx.where(mx.expand_dims(exists, -1), weight[mx.where(exists, x, 0)], 0)
+
+
+class Reading(Protocol):
+    """A function that is linear in a table, of which it reads some rows."""
+
+    shape: tuple[int, ...]  # of what it makes, without the columns
+    distinct: bool  # whether the gradient of the table is coalesced, in fp32 or fp64
+
+    def __call__(self, weight: mx.array, *arrays: mx.array) -> mx.array:
+        """What is read, in operations that MLX can differentiate and export."""
+        ...
+
+    def rows(self, cotangent: mx.array, num_rows: int, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        """Indices and values whose sum is the gradient of the table."""
+        ...
+
+    def gradients(self, cotangent: mx.array, weight: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        """The gradients of the arrays."""
+        ...
+
+
+class Rows:
+    """Reads the rows of the indices ``x``, one for each; see :class:`Reading`."""
+
+    distinct = False
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.shape = shape
+
+    def __call__(self, weight: mx.array, *arrays: mx.array) -> mx.array:
+        return rows_of(weight, arrays[0])
+
+    def rows(self, cotangent: mx.array, num_rows: int, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        return arrays[0], cotangent
+
+    def gradients(self, cotangent: mx.array, weight: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        return (mx.zeros((), weight.dtype),)
 
 
 class Table:
@@ -42,7 +79,7 @@ class Table:
         self.closed = False
         self.replaced = False  # by fn, with other weights, which are none of ours
         self.shapes: list[tuple[int, ...]] = []  # of the indices of each look-up
-        self.found: list[tuple[mx.array, mx.array]] = []
+        self.found: list[tuple[tuple[Reading, Sequence[mx.array]], mx.array]] = []
         self.sparse: RowSparse | None = None
         self.blocks: Iterator[mx.array] | None = None
 
@@ -58,29 +95,34 @@ class Table:
         self.module["weight"] = self.watched = watched(self.module["weight"])
 
     def look_up(self, weight: mx.array, x: mx.array) -> mx.array:
-        """The rows of the indices ``x``, so that their gradient is recorded.
+        """The rows of the indices ``x``, so that their gradient is recorded."""
+        return self.read(Rows(x.shape), weight, x)
+
+    def read(self, reading: Reading, weight: mx.array, *arrays: mx.array) -> mx.array:
+        """``reading(weight, *arrays)``, so that the gradient of the table is recorded.
 
         Where ``weight`` is a function of the table, which a module has put in its place, MLX's own gradient is right.
         """
         self.replaced = self.replaced or not self._is_table(weight)
         if self.replaced:
-            return rows_of(weight, x)
+            return reading(weight, *arrays)
         if self.blocks is not None:
             block = next(self.blocks)
-            self.found.append((x, block))
-            return rows_of(weight, x) + block
-        self.shapes.append(x.shape)
-        recorded: Any = mx.custom_function(rows_of)
+            self.found.append(((reading, arrays), block))
+            return reading(weight, *arrays) + block
+        self.shapes.append(reading.shape)
+        recorded: Any = mx.custom_function(reading.__call__)
 
         @recorded.vjp
-        def record(primals: Any, cotangent: mx.array, _output: mx.array) -> tuple[mx.array, mx.array]:
-            zero = mx.zeros((), weight.dtype)
+        def record(primals: Any, cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
+            others = reading.gradients(cotangent, *primals)
             if self.closed:  # somebody differentiates what value_and_grad returned
-                return _sparse([primals[1]], [cotangent], len(weight), weight.shape[1]).to_dense(), zero
-            self.found.append((primals[1], cotangent))
-            return zero, zero
+                pair = reading.rows(cotangent, len(weight), *primals[1:])
+                return _sparse([pair], len(weight), weight.shape[1]).to_dense().astype(weight.dtype), *others
+            self.found.append(((reading, primals[1:]), cotangent))
+            return mx.zeros((), weight.dtype), *others
 
-        return recorded(weight, x)
+        return recorded(weight, *arrays)
 
     def _is_table(self, weight: mx.array) -> bool:
         """Whether ``weight`` is the table itself, perhaps handed on by ``nn.utils.checkpoint``."""
@@ -96,9 +138,10 @@ class Table:
         """The gradients of all look-ups, one after another."""
         if self.sparse is None:
             rows, columns = self.weight.shape
-            none = mx.zeros((0,), mx.int32), mx.zeros((0,), self.weight.dtype)
-            indices, values = zip(*(self.found or [none]), strict=True)
-            self.sparse = _sparse(indices, values, rows, columns)
+            none = mx.zeros((0,), mx.int32), mx.zeros((0, columns), self.weight.dtype)
+            pairs = [reading.rows(g, rows, *arrays) for (reading, arrays), g in self.found] or [none]
+            distinct = len(self.found) == 1 and self.found[0][0][0].distinct
+            self.sparse = distinct_rows(*pairs[0], rows) if distinct else _sparse(pairs, rows, columns)
             self.found.clear()
         return self.sparse
 
@@ -107,7 +150,7 @@ class Table:
         sparse, self.sparse = self.recorded(), None
         if not self.is_dense(total):
             return sparse.coalesced_by(kernels.available(), differentiable)
-        return total + sparse.to_dense() if sparse.indices.size else total
+        return total + sparse.to_dense().astype(total.dtype) if sparse.indices.size else total
 
     def is_dense(self, total: mx.array) -> bool:
         """Whether something else than look-ups reached the table, given MLX's sum of its gradients."""
@@ -130,10 +173,10 @@ def _operations(array: mx.array) -> Counter[str]:
     return Counter(re.findall(r'label ="(\w+)', graph.getvalue()))
 
 
-def _sparse(indices: Sequence[mx.array], values: Sequence[mx.array], rows: int, columns: int) -> RowSparse:
+def _sparse(pairs: Sequence[tuple[mx.array, mx.array]], rows: int, columns: int) -> RowSparse:
     """The gradients of look-ups of any shape, one after another."""
-    flat = mx.concatenate([canonical(x.reshape(-1), rows) for x in indices])
-    return RowSparse(flat, mx.concatenate([g.reshape(-1, columns) for g in values]), rows)
+    flat = mx.concatenate([canonical(x.reshape(-1), rows) for x, _ in pairs])
+    return RowSparse(flat, mx.concatenate([g.reshape(-1, columns) for _, g in pairs]), rows)
 
 
 def table_of(module: nn.Module) -> Table | None:
@@ -142,6 +185,22 @@ def table_of(module: nn.Module) -> Table | None:
         if id(module) in tables:
             return tables[id(module)]
     return None
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Let the functions of this thread use no ``mx.custom_function`` meanwhile, which cannot be exported."""
+    before = differentiates_plainly()
+    _thread.plain = True
+    try:
+        yield
+    finally:
+        _thread.plain = before
+
+
+def differentiates_plainly() -> bool:
+    """Whether this thread must not use ``mx.custom_function`` now."""
+    return getattr(_thread, "plain", False)
 
 
 def by_module(tables: dict[Any, Table]) -> dict[int, Table]:
