@@ -12,6 +12,8 @@ from mlx_adagrad.presets import torch as adagrad
 
 torch: Any = pytest.importorskip("torch")
 ROWS, DIMS = 13, 6
+
+
 RNG = np.random.default_rng(1)
 TABLE = RNG.normal(size=(ROWS, DIMS)).astype(np.float32)
 TWO_AXES = RNG.integers(0, ROWS, (5, 4)), None
@@ -49,7 +51,7 @@ def test_bag(mode, given, padding_idx, norm, last):
     def loss(model, x, offsets, factors):
         return (model(x, offsets, factors) * mx.array(wanted)).sum()
 
-    arrays: Any = [None if a is None else mx.array(a) for a in (x, offsets, factors)]
+    arrays: list[Any] = [None if a is None else mx.array(a) for a in (x, offsets, factors)]
     near(ours(*arrays), out.detach().numpy())
     for differentiate in (nn.value_and_grad, value_and_grad):
         _, g = differentiate(ours, loss)(ours, *arrays)
@@ -57,7 +59,7 @@ def test_bag(mode, given, padding_idx, norm, last):
         near(dense, theirs.weight.grad.numpy())
     near(ours.weight, theirs.weight.detach().numpy())  # max_norm: stored, as torch does
     if their_factors is not None:
-        gradient: Any = mx.grad(lambda f: loss(ours, *arrays[:2], f))
+        gradient: Any = mx.grad(lambda f: loss(ours, arrays[0], arrays[1], f))
         near(gradient(arrays[2]), their_factors.grad.numpy())
 
 
