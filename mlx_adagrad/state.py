@@ -134,7 +134,7 @@ class State(NamedTuple):
     def replace(self, tree: dict[str, Any]) -> None:
         """Make the state equal to ``tree``, in place; where that has no seed, the old one stays."""
         seed = self.tree.get("_mlx_adagrad", {}).get(SEED)
-        fill(self.tree, tree)
+        fill(self.tree, tree, places=True)
         if seed is not None:
             self.tree.setdefault("_mlx_adagrad", {}).setdefault(SEED, seed)
 

@@ -127,7 +127,7 @@ def trainable(parameters: Any) -> dict[str, tuple[Keys, mx.array]]:
     return {name(keys): (keys, w) for keys, w in present(tree) if isinstance(w, mx.array) and w.dtype in COMPUTE_DTYPE}
 
 
-_ESCAPED = {"~": "~0", "/": "~1", ".": "~2"}
+_ESCAPED = str.maketrans({"~": "~0", "/": "~1", ".": "~2"})
 _INDEX, _OTHER = "~3", "~4"  # before a string that reads like an index, and before what is no string
 
 
@@ -142,7 +142,7 @@ def name(keys: Keys) -> str:
 def _segment(key: Any) -> str:
     if type(key) is int:
         return str(key)
-    text = str(key).translate(str.maketrans(_ESCAPED))
+    text = str(key).translate(_ESCAPED)
     if not isinstance(key, str):
         return _OTHER + text
     return _INDEX + text if text.removeprefix("-").isdecimal() else text
@@ -164,25 +164,35 @@ def slot(state: dict[str, Any], gradients: Any, keys: tuple[Any, ...]) -> dict[s
             node.extend({} for _ in range(key + 1 - len(node)))
         below = child(node, key)
         if not isinstance(below, wanted):
+            if below and not (wanted is list and isinstance(below, tuple)):
+                kinds = f"a {type(below).__name__} where the parameters have a {wanted.__name__}"
+                raise ValueError(f"[Adagrad] the state of '{dotted(keys)}' is in {kinds}: assign the whole state anew.")
             below = wanted(below or ())  # a tuple cannot grow, an empty hole has no kind yet
             node[key] = below
         node = below
     return node
 
 
-def fill(target: dict | list, source: dict | list | tuple) -> None:
-    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them."""
+def fill(target: dict | list, source: dict | list | tuple, places: bool = False) -> None:
+    """Make ``target`` equal to ``source`` and keep its dicts and lists themselves, since compiled steps hold them.
+
+    With ``places`` an empty dict stays where ``source`` has none: MLX takes the arrays of a compiled step by position,
+    and does not ask for their order, so that what is made again has to come to where it was.
+    """
     new = dict(children(source))
     if isinstance(target, dict):
         for key in [key for key in target if key not in new]:
-            del target[key]
+            if places and isinstance(target[key], dict | list):
+                new[key] = type(target[key])()
+            else:
+                del target[key]
     else:
         del target[len(new) :]
         target.extend({} for _ in range(len(new) - len(target)))
     for key, value in new.items():
         old = target.get(key) if isinstance(target, dict) else target[key]
         if isinstance(value, dict) and isinstance(old, dict) or isinstance(value, list) and isinstance(old, list):
-            fill(old, value)
+            fill(old, value, places)
         else:
             target[key] = copied(value)
 

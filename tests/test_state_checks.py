@@ -365,3 +365,32 @@ def test_import_mlx_finds_dicts_with_keys_like_lists(flat):
         for (_, a), (_, b) in zip(present(got), present(want.apply_gradients(w, new)), strict=True):
             assert mx.allclose(a, b, rtol=1e-6)
         assert {k for k, _ in present(ours.state)} == {k for k, _ in present(stock.state)}
+
+
+@pytest.mark.parametrize("stack", ["adagrad", "every"])
+def test_entries_that_a_compiled_step_makes_again_keep_their_places(stack):
+    def full(factor):
+        a, b, c, d = (mx.full((3,), factor * i) for i in range(1, 5))
+        return {"a": a, "b": b, "c": [c], "d": {"e": d}}
+
+    part = STACKS[stack]()
+    part.init({key: full(1.0)[key] for key in ("b", "d")})
+    results = []
+    for compiles in (False, True):
+        optimizer, w = STACKS[stack](), full(1.0)
+        optimizer.init(w)
+        state = [w, optimizer.state]
+
+        def update(g, optimizer=optimizer, w=w):
+            w.update(optimizer.apply_gradients(g, w))
+
+        step = mx.compile(update, inputs=state, outputs=state) if compiles else update
+        for t in range(6):
+            if t == 3:
+                optimizer.state = part.state
+            step(full(0.5))
+            mx.eval(state)
+        results.append([w, tree_map(lambda a: a, optimizer.state)])
+    eager, compiled = ({k: a for k, a in present(tree)} for tree in results)
+    assert eager.keys() == compiled.keys()
+    assert all(mx.allclose(eager[k], compiled[k], rtol=1e-5) for k in eager)

@@ -128,6 +128,7 @@ class GradientAccumulation(Wrapper):
             if isinstance(modifiers.apply, mx.array):
                 kept = row_sums.selected(modifiers.apply, kept, before.get(key, total))
             sums[key] = kept
+        self._in_order("gradients")
 
 
 @compiled

@@ -89,6 +89,7 @@ class ExponentialMovingAverage(Wrapper):
             w = weights[key] = updated if isinstance(updated, mx.array) else before
             average = averages[key] if key in averages else before.astype(wide_dtype(before))
             averages[key] = _advanced(average, w, first, self.momentum, apply)
+        self._in_order("averages")
         return weights
 
     def _overwritten(self, overwrites: mx.array, weights: dict[str, mx.array], parameters: Any) -> Any:

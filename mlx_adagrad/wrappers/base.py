@@ -40,6 +40,8 @@ class Wrapper(Configurable, Optimizer):
     # whether it asks for the norms of gradients
     needs_norms = False
 
+    _order: dict[str, list[str]] = {}  # the order that own entries had, until all of them are there again
+
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Optimizer):
             wanted = "an mlx.optimizers.Optimizer"
@@ -78,6 +80,7 @@ class Wrapper(Configurable, Optimizer):
     def state(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         _assign(self.optimizer, state["inner"])
+        self._order = {key: list(entries) for key, entries in self._own.items() if isinstance(entries, dict)}
         fill(self._own, {**self._fresh(), **self._own_of(state)})
         self._state["inner"] = self.optimizer.state
         self._initialized = False
@@ -166,6 +169,17 @@ class Wrapper(Configurable, Optimizer):
         """:meth:`apply_gradients` with what the wrappers outside this one ask for."""
         return foreign.apply_modified(self.optimizer, gradients, parameters, modifiers)
 
+    def _in_order(self, key: str) -> None:
+        """Put entries that were made again to where they were before others were assigned; see ``fill``."""
+        order, entries = self._order.get(key, []), self._own[key]
+        if order:
+            present = [name for name in order if name in entries]
+            ordered = {name: entries[name] for name in [*present, *(name for name in entries if name not in order)]}
+            entries.clear()
+            entries.update(ordered)
+        if all(name in entries for name in order):
+            self._order = {other: names for other, names in self._order.items() if other != key}
+
     def _keep(self, modifiers: Modifiers, **values: mx.array) -> None:
         """Set own entries of the state, where the step happens; called after the inner optimizer, which may raise."""
         for key, value in values.items():
@@ -243,5 +257,5 @@ def _assign(optimizer: Optimizer, state: dict[str, Any]) -> None:
             _assign(inner, part)
     else:
         own = optimizer.state
-        fill(own, restored(state, own))
+        fill(own, restored(state, own), places=True)
         optimizer.state = own  # its setter may note that there is something new
