@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from .leaves import RESERVED
-from .trees import CONTAINERS, FROZEN, Keys, children, dotted, existing, find, is_absent, name, present, slot
+from .trees import CONTAINERS, FROZEN, Keys, child, children, dotted, existing, find, is_absent, name, present, slot
 
 Path: TypeAlias = tuple[str, ...]  # the parts between the dots of MLX's strings
 
@@ -42,14 +42,19 @@ class Known:
 
     @cached_property
     def by_path(self) -> dict[Path, list[Keys]]:
-        """The keys by their paths in MLX's strings; which of a list's entries had a negative key cannot be told."""
-        paths = {keys: _path(keys) for keys in self.arrays}
-        negative = {path[:i] for path in paths.values() for i, part in enumerate(path) if _index(part).startswith("-")}
+        """The keys by their paths in MLX's strings."""
         found: dict[Path, list[Keys]] = {}
-        for keys, path in paths.items():
-            if not any(path[:i] in negative and _index(part) for i, part in enumerate(path)):
-                found.setdefault(path, []).append(keys)
+        for keys in self.arrays:
+            found.setdefault(_path(keys), []).append(keys)
         return found
+
+    @cached_property
+    def misleading(self) -> set[Keys]:
+        """The keys whose place in a list of MLX's is another than their number, since one beside them is negative."""
+        paths = list(self.by_path)
+        negative = {path[:i] for path in paths for i, part in enumerate(path) if _index(part).startswith("-")}
+        found = (path for path in paths if any(path[:i] in negative and _index(part) for i, part in enumerate(path)))
+        return {keys for path in found for keys in self.by_path[path]}
 
 
 class Before(Known):
@@ -72,16 +77,17 @@ class Slots:
     def __init__(self, state: Any, known: Known, roots: Iterable[Any] = RESERVED):
         self.known = known
         self.roots = tuple(roots)
-        self.state = {key: child for key, child in children(state) if key not in self.roots}
+        self.state = {key: node for key, node in children(state) if key not in self.roots}
         self.found: dict[Keys, Any] = {}
         self.unknown: dict[Keys, int] = {}  # the keys to an entry, and how many parameters it may be that of
+        self.agrees = _agrees(self.state, known.tree)
         self.moved = False
         rest: list[tuple[Keys, Any]] = []
         for keys, value in present(self.state):
             above, entry = keys[:-1], keys[len(keys) - 1]
-            if keys in known.arrays:  # where a dict of arrays should be
+            if keys in known.arrays and self._stands(keys):  # where a dict of arrays should be
                 self.found[keys] = value
-            elif above in known.arrays:
+            elif above in known.arrays and self._stands(above):
                 node = find(self.state, above)
                 entries = self.found.setdefault(above, {} if isinstance(node, dict) else node)
                 if isinstance(node, dict):
@@ -89,6 +95,15 @@ class Slots:
             else:
                 rest.append((keys, value))
         self._match(rest)
+
+    def _stands(self, keys: Keys) -> bool:
+        """Whether the state has containers of the same kinds as the parameters on the way to ``keys``."""
+        node, like = self.state, self.known.tree
+        for key in () if self.agrees else keys:
+            if isinstance(node, dict) != isinstance(like, dict):
+                return False
+            node, like = child(node, key), child(like, key)
+        return True
 
     def _match(self, rest: list[tuple[Keys, Any]]) -> None:
         """Find by its path what is not where the parameters have it."""
@@ -98,6 +113,7 @@ class Slots:
                 keys = keys[:-1]
             above, entry = keys[:-1], keys[len(keys) - 1]
             meant = [k for k in self.known.by_path.get(_path(above), ()) if k not in exact]
+            meant = [k for k in meant if k not in self.known.misleading]
             entries = self.found.setdefault(meant[0], {}) if len(meant) == 1 else None
             if not isinstance(value, mx.array) or entries is None or entry in entries:
                 self.unknown[keys] = len(meant)
@@ -120,7 +136,7 @@ class Slots:
 
     def tree(self, state: Any) -> Any:
         """``state`` in the shape of what is known; itself where it has that."""
-        if not self.moved and _agrees(self.state, self.known.tree):
+        if not self.moved and self.agrees:
             return state
         new: dict[str, Any] = {key: state[key] for key in self.roots if key in state}
         for keys, entries in self.found.items():
