@@ -34,7 +34,7 @@ from foreign_checkpoints import (
     torch_state,
 )
 from mlx_adagrad import Adagrad, checkpoint, presets
-from mlx_adagrad.checkpoint import import_keras, import_mindspore, import_mlx, import_torch, kinds
+from mlx_adagrad.checkpoint import hdf5_worker, import_keras, import_mindspore, import_mlx, import_torch, kinds
 from mlx_adagrad.wrappers import DynamicLossScale
 from recorded import CHECKPOINTS
 
@@ -285,7 +285,7 @@ def test_a_damaged_file_of_keras_changes_nothing_or_trains_on(tmp_path: Path, na
 def test_a_library_that_breaks_down_is_an_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text("import os\nos.abort()\n")
-    monkeypatch.setattr(checkpoint.hdf5.hdf5_worker, "__file__", str(worker))
+    monkeypatch.setattr(hdf5_worker, "__file__", str(worker))
     live = initialised(keras_optimizer())
     refused(ValueError, "h5py breaks down over it", import_keras, CHECKPOINTS / FILES[0], live)
 

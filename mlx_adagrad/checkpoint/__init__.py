@@ -4,9 +4,11 @@ from ._keras import import_keras
 from ._mindspore import import_mindspore
 from ._mlx import export_mlx, import_mlx
 from ._torch import export_torch, import_torch
+from .snapshots import Snapshot, snapshot
 from .state import load, save
 
 __all__ = [
+    "Snapshot",
     "export_mlx",
     "export_torch",
     "import_keras",
@@ -15,4 +17,5 @@ __all__ = [
     "import_torch",
     "load",
     "save",
+    "snapshot",
 ]

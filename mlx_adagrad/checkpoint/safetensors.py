@@ -65,7 +65,12 @@ def from_bytes(data: bytes, dtype: mx.Dtype, shape: tuple[int, ...]) -> mx.array
 
 
 def write(stream: BinaryIO, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
-    """Write evaluated ``arrays`` and ``metadata`` as one safetensors file."""
+    """Write ``arrays`` and ``metadata`` as one safetensors file."""
+    write_contiguous(stream, {name: mx.contiguous(array, stream=mx.cpu) for name, array in arrays.items()}, metadata)
+
+
+def write_contiguous(stream: BinaryIO, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+    """The same for arrays that are evaluated and contiguous in memory: MLX has nothing to compute, on no thread."""
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.size, name))  # every element aligned in the file
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     stop = 0
@@ -77,7 +82,7 @@ def write(stream: BinaryIO, arrays: Mapping[str, mx.array], metadata: Mapping[st
     text += b" " * (-len(text) % 8)
     stream.write(struct.pack("<Q", len(text)) + text)
     for name in names:
-        stream.write(memoryview(mx.contiguous(arrays[name], stream=mx.cpu)))  # type: ignore[arg-type]
+        stream.write(memoryview(arrays[name]))  # type: ignore[arg-type]
 
 
 def read(stream: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -12,18 +12,23 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from ..update.compiled import clear_at_the_end
 from ..wrappers.states import expect_new_state
-from ..wrappers.swap import holds_averages, own_parameters
-from . import kinds, safetensors, trees
-from .atomic import replacing
+from ..wrappers.swap import holds_averages
+from . import kinds, safetensors, threads, trees
 from .config import describe, differences, stack
 from .fitted import fitted
-
-FORMAT = "mlx_adagrad"
-VERSION = 1
+from .snapshots import FORMAT, TRAINABLE, VERSION, Snapshot, check_path, check_run, parameters, snapshot
 
 
-def save(path: str | os.PathLike, optimizer: Optimizer, model: Module | dict | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    optimizer: Optimizer | Snapshot,
+    model: Module | dict | None = None,
+    *,
+    trainable_only: bool = False,
+    random_state: bool = False,
+) -> None:
     """Write the optimizer's state, and the model's parameters if given, as one safetensors file.
 
     The file appears whole or not at all: whatever happens meanwhile, ``path`` holds the old file or the new one. Every
@@ -33,35 +38,39 @@ def save(path: str | os.PathLike, optimizer: Optimizer, model: Module | dict | N
 
     Args:
         path: Where to write; a link is followed, an old file's permissions are kept.
-        optimizer: Any ``mlx.optimizers.Optimizer``.
+        optimizer: Any ``mlx.optimizers.Optimizer``; or alone, what :func:`snapshot` returned.
         model: A module, or a tree of its parameters. Default: ``None``.
+        trainable_only: Leave out the module's frozen parameters, such as the base of a LoRA run. Default: ``False``.
+        random_state: Keep the state of ``mx.random``, this thread's, too. Default: ``False``.
 
     Raises:
-        TypeError: If the state holds something that is no array.
+        TypeError: If an argument is of another type (in another order), or the state holds something that is no array.
         ValueError: Inside ``mx.compile`` or another transformation, or if ``path`` is no file.
+        RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
         OSError: If the file cannot be written; the old one is as it was.
     """
-    arrays: dict[str, mx.array] = {}
-    trees_of = {"optimizer": optimizer.state, "model": _parameters(model)}
-    structure = {name: trees.pack(tree, name, arrays) for name, tree in trees_of.items()}
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "config": json.dumps(describe(optimizer)),
-        "structure": json.dumps(structure),
-    }
-    mx.eval(arrays)
-    with replacing(path) as stream:
-        safetensors.write(stream, arrays, metadata)
+    check_path("save", path)
+    if not isinstance(optimizer, Snapshot):
+        check_run("save", optimizer, model)
+        optimizer = snapshot(optimizer, model, trainable_only=trainable_only, random_state=random_state)
+    elif model is not None or trainable_only or random_state:
+        raise TypeError("[checkpoint] what a snapshot holds was said when it was taken: save(path, snapshot).")
+    optimizer.save(path)
 
 
 def load(
-    path: str | os.PathLike, optimizer: Optimizer, model: Module | dict | None = None, *, strict: bool = True
+    path: str | os.PathLike,
+    optimizer: Optimizer,
+    model: Module | dict | None = None,
+    *,
+    strict: bool = True,
+    random_state: bool | None = None,
 ) -> None:
     """Put a saved run back into the live ``optimizer`` and ``model``, in place: a step compiled with them goes on.
 
     An optimizer that has seen no parameter takes the state as it is in the file; one that has must have the same names,
-    shapes and dtypes. A learning rate that is a number comes from the file; other hyperparameters must be the same.
+    shapes and dtypes. A learning rate that is a number comes from the file; other hyperparameters must be the same. A
+    file with the trainable parameters only leaves the others as they are.
 
     Args:
         path: A file that :func:`save` wrote.
@@ -69,20 +78,25 @@ def load(
         model: A module, or a tree of its parameters, to load the saved parameters into. Default: ``None``.
         strict: Refuse other hyperparameters than the saved ones. ``False``: a ``v`` that was kept in another way (fp32,
             bf16, 8 bits) is converted, too. Default: ``True``.
+        random_state: Put the saved state of ``mx.random`` back, for this thread. Default: ``None``, if it is there.
 
     Raises:
         ValueError: If the file is damaged, or does not fit; each difference is named. Or if the model holds averages at
             the moment (:meth:`~mlx_adagrad.wrappers.Wrapper.averaged`). Nothing has changed then.
+        TypeError: If an argument is of another type (in another order).
+        RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
         OSError: If the file cannot be read. Nothing has changed then.
     """
+    check_path("load", path)
+    check_run("load", optimizer, model)
     if model is not None and holds_averages(model):
         raise ValueError("[checkpoint] 'model' holds averages: leave the 'with' block of 'averaged' before you load.")
-    live = {"optimizer": optimizer.state} | ({} if model is None else {"model": _parameters(model)})
     with _opened(path) as (entries, metadata):
         saved = _unpack(entries, metadata)
         saved["optimizer"] = trees.renamed(saved["optimizer"], optimizer.state)
-        if model is not None and saved["model"] is None:
-            raise ValueError("it was saved without a model")
+        live = {"optimizer": optimizer.state}
+        if model is not None:
+            live["model"] = _to_fill(model, saved["model"], metadata)
         if not strict:
             saved["optimizer"] = fitted(saved["optimizer"], optimizer.state)
         problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
@@ -91,16 +105,45 @@ def load(
         problems += trees.surplus(saved["model"], live.get("model"), "model")
         if problems:
             raise ValueError(trees.listed(problems))
+        key = _random_key(saved.get("random"), random_state)
         new = trees.read({name: saved[name] for name in live})
         mx.eval(new)
         if isinstance(model, Module):  # in the module's own structure, so that nothing can be refused below
             trees.fill(live["model"], new["model"])
+    with threads.between_steps(optimizer, "load on that thread, between two steps"):
+        pass
     trees.fill(live["optimizer"], new["optimizer"])
     expect_new_state(optimizer)
     if isinstance(model, Module):
         model.update(live["model"])
     elif model is not None:
         trees.fill(model, new["model"])
+    if key is not None:
+        mx.random.seed(key)
+
+
+def _to_fill(model: Module | dict, saved: Any, metadata: dict[str, str]) -> Any:
+    """The parameters that a file must fit: all, or those that are trainable here, and those that are in the file."""
+    if saved is None:
+        raise ValueError("it was saved without a model")
+    tree = parameters(model)
+    if metadata.get("model") != TRAINABLE:
+        return tree
+    return trees.part(tree, saved, model.trainable_parameters() if isinstance(model, Module) else {})
+
+
+def _random_key(saved: Any, wanted: bool | None) -> int | None:
+    """The seed that puts the saved state of ``mx.random`` back, None if it is to stay."""
+    if wanted is False or (saved is None and wanted is None):
+        return None
+    if saved is None:
+        raise ValueError("it was saved without the random state (random_state=True)")
+    entry = saved[0] if isinstance(saved, list) and len(saved) == 1 else None
+    if not isinstance(entry, safetensors.Entry) or (entry.shape, entry.dtype) != ((2,), mx.uint32):
+        raise ValueError("its random state is none of mx.random")
+    halves: Any = entry.read().tolist()
+    clear_at_the_end()
+    return halves[0] << 32 | halves[1]
 
 
 def _other_hyperparameters(config: Any, own: Any) -> list[str]:
@@ -112,10 +155,6 @@ def _other_hyperparameters(config: Any, own: Any) -> list[str]:
     if stack(config) != stack(own):
         raise ValueError(f"the optimizer is {stack(config):.200} in the file but {stack(own)} here")
     return list(differences(config, own))
-
-
-def _parameters(model: Module | dict | None) -> Any:
-    return None if model is None else own_parameters(model)
 
 
 @contextmanager
@@ -136,7 +175,7 @@ def _unpack(entries: dict[str, safetensors.Entry], metadata: dict[str, str]) -> 
     if metadata.get("version") != str(VERSION):
         raise ValueError(f"it has version {metadata.get('version')!r:.20} of the format, and only {VERSION} is known")
     structure = _json(metadata, "structure")
-    if not isinstance(structure, dict) or structure.keys() != {"optimizer", "model"}:
+    if not isinstance(structure, dict) or structure.keys() - {"random"} != {"optimizer", "model"}:
         raise ValueError("its structure must have an optimizer and a model")
     left = dict(entries)
     saved = trees.unpack(structure, left)

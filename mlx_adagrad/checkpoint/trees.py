@@ -103,6 +103,19 @@ def mismatches(saved: Any, live: Any, path: str, fresh: bool = False) -> Iterato
                 yield f"the file has '{name}', which is not known here"
 
 
+def part(tree: Any, *like: Any) -> Any:
+    """What ``tree`` has at the places of any of the others; an empty dict in the other places of its lists."""
+    if not isinstance(tree, dict | list | tuple):
+        return tree
+    others = [children(other) for other in like if isinstance(other, dict | list | tuple)]
+    kept = {
+        key: part(child, *(other[key] for other in others if key in other))
+        for key, child in children(tree).items()
+        if any(not is_empty(other.get(key)) for other in others)
+    }
+    return kept if isinstance(tree, dict) else [kept.get(i, {}) for i in range(len(tree))]
+
+
 def surplus(saved: Any, live: Any, path: str) -> Iterator[str]:
     """Places without arrays (a layer without parameters) that the saved tree has and the live one has not."""
     if isinstance(saved, dict | list) and isinstance(live, dict | list | tuple) and kind(saved) == kind(live):
