@@ -59,7 +59,7 @@ def make_model(folder: Path, name: str = "llama", dtype: str = "float32", bits: 
     return folder
 
 
-def make_data(folder: Path, examples: int = 24) -> Path:
+def make_data(folder: Path, examples: int = 20) -> Path:
     """Sentences of a few words: train.jsonl, valid.jsonl and test.jsonl."""
     folder.mkdir(parents=True)
     draw = random.Random(0)
