@@ -19,6 +19,7 @@ from ..leaves import rebuild
 from ..trees import FROZEN, Keys, dotted, existing, find, is_absent, present
 from ..update.accumulators import COMPUTE_DTYPE
 from ..update.modifiers import Modifiers
+from . import reductions
 from .base import Wrapper
 
 Function: TypeAlias = Callable[[mx.array], mx.array]
@@ -95,7 +96,11 @@ def _with_norm(owner: str, w: mx.array, axis: int | tuple[int, ...]) -> tuple[mx
         if w.ndim and not -w.ndim <= a < w.ndim:
             raise ValueError(f"[{owner}] there is no axis {a} in shape {w.shape}.")
     wide = w if w.dtype in (mx.float64, mx.complex64) else w.astype(mx.float32)
-    norm = mx.sqrt(mx.sum(mx.square(mx.abs(wide)), axis=axis if w.ndim else None, keepdims=True))
+    size, along = mx.abs(wide), axis if w.ndim else None
+    if w.size == 0:
+        return wide, mx.sum(size, axis=along, keepdims=True)
+    unit = reductions.unit_of(mx.max(size, axis=along, keepdims=True)).astype(size.dtype)
+    norm = unit * reductions.root(mx.sum(mx.square(size / unit), axis=along, keepdims=True))
     return wide, norm
 
 

@@ -63,8 +63,9 @@ class LossScale(Scaling):
 class DynamicLossScale(Scaling):
     r"""A loss scale that finds its size by itself, by the rule of Keras's ``LossScaleOptimizer``.
 
-    Where a gradient holds an Inf or a NaN, the scale is halved and nothing else changes: no weight, no state, no step
-    count inside. Otherwise the gradients are divided by it, and after ``dynamic_growth_steps`` such steps it doubles.
+    Where a gradient holds an Inf or a NaN, or its square would be infinite, the scale is halved and nothing else
+    changes: no weight, no state, no step count inside. Otherwise the gradients are divided by it, and after
+    ``dynamic_growth_steps`` such steps it doubles.
     A first update before the scale has been asked for warns that the loss was not scaled.
 
     Args:
@@ -115,8 +116,9 @@ class DynamicLossScale(Scaling):
         scale, count = self.dynamic_scale, self._own["step_counter"]
         self._agreement.check(parameters)
         gradients = reductions.coalesced(self._name, gradients)
-        finite, modifiers = self._agreement.finite(gradients, parameters, modifiers, self._norms_inside)
-        new = super().apply_modified(gradients, parameters, modifiers.scaled(1.0 / scale).gated(finite))
+        unscaled = modifiers.scaled(1.0 / scale)
+        finite, unscaled = self._agreement.finite(gradients, parameters, unscaled, self._norms_inside)
+        new = super().apply_modified(gradients, parameters, unscaled.gated(finite))
         grows = count == self.dynamic_growth_steps - 1
         scale = mx.where(finite, mx.where(grows, scale * 2.0, scale), scale * 0.5)
         count = mx.where(mx.logical_and(finite, mx.logical_not(grows)), count + 1, mx.zeros_like(count))

@@ -20,6 +20,9 @@ from .loss_scale import DynamicLossScale
 class SkipNonFinite(Wrapper):
     """A step in which a gradient holds an Inf or a NaN changes nothing inside: weights, state and step counts stay.
 
+    So does one whose square would be infinite (from 1.8e19 on in fp32), which would make ``v`` infinite and keep its
+    weight where it is for ever.
+
     It stands outermost, since it holds back everything inside it: averages, accumulated gradients and call counts too.
 
     Args:
