@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from .leaves import RESERVED
-from .trees import CONTAINERS, FROZEN, Keys, child, children, dotted, existing, find, is_absent, name, present, slot
+from .trees import CONTAINERS, Keys, child, children, dotted, existing, find, is_absent, name, present, slot
 
 Path: TypeAlias = tuple[str, ...]  # the parts between the dots of MLX's strings
 
@@ -159,7 +159,7 @@ def leftover(path: str, count: int = 0) -> ValueError:
     """The refusal of state that belongs to no parameter, or may belong to several."""
     if count > 1:
         return ValueError(f"the state has '{path}', as MLX's strings call {count} parameters: use checkpoint.save.")
-    return ValueError(f"the state has '{path}', which belongs to no parameter; {FROZEN}.")
+    return ValueError(f"the state has '{path}', which belongs to no parameter.")
 
 
 def _path(keys: Keys) -> Path:

@@ -13,7 +13,7 @@ from mlx.optimizers import Optimizer
 
 from .leaves import RESERVED, check_state
 from .matching import Before, Known, Slots, leftover
-from .trees import CONTAINERS, children, dotted, fill, old_name
+from .trees import CONTAINERS, FROZEN, children, dotted, fill, old_name
 from .update.accumulators import COMPUTE_DTYPE, wide_dtype
 from .update.storage import KEYS, Storage
 from .update.tracing import evaluate
@@ -56,12 +56,12 @@ def settle(optimizers: Iterable[Any], parameters: Any, gradients: Any = None) ->
     for optimizer, comparison in found:
         wrong = comparison.problems + ([] if gradients is None and not _moved(comparison) else comparison.leftovers)
         problems += [(type(optimizer).__name__, problem) for problem in wrong]
+    lines = [f"[{owner}] {problem}" for owner, problem in problems]
+    hint = f" ({FROZEN.capitalize()}.)" if any(comparison.leftovers for _, comparison in found) else ""
     if len(problems) == 1:
-        owner, problem = problems[0]
-        raise type(problem)(f"[{owner}] {problem}")
+        raise type(problems[0][1])(lines[0] + hint)
     if problems:
-        lines = "".join(f"\n  [{owner}] {problem}" for owner, problem in problems)
-        raise ValueError(f"[{problems[0][0]}] the state does not fit the parameters:{lines}")
+        raise ValueError("\n  ".join([f"[{problems[0][0]}] the state does not fit the parameters:", *lines]) + hint)
     for optimizer, comparison in found:
         if _moved(comparison):
             fill(comparison.tree, comparison.new)
@@ -99,6 +99,8 @@ def compare(
     problems = [*_roots(state, ("step", "learning_rate"))]
     slots = Slots(state, known, (*RESERVED, *schedules))
     for keys, entries in slots.found.items():
+        if known.arrays[keys].dtype not in COMPUTE_DTYPE:
+            continue  # MLX's own makes state for integers too
         try:
             check_state(storage, known.arrays[keys], entries, dotted(keys))
         except (TypeError, ValueError) as error:

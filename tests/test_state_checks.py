@@ -143,6 +143,17 @@ def test_an_empty_state_starts_anew(stack):
     optimizer.apply_gradients(gradients(), weights())
 
 
+def test_stock_state_with_integers_and_a_rate_of_one_element_goes_on():
+    w = {"w": mx.ones((2,)), "ids": mx.arange(3), "scalar": mx.array(1.0)}
+    rate: Any = mx.array([0.1])
+    stock = optim.Adagrad(rate)
+    stock.init(w)
+    ours = Adagrad(0.5)
+    ours.state = stock.state
+    new = ours.apply_gradients({"w": w["w"], "scalar": w["scalar"]}, w)
+    assert new["scalar"].shape == ours.learning_rate.shape == () and new["scalar"].item() == pytest.approx(0.9)
+
+
 # ------------------------------------------------------------------ what does not fit
 @stacks
 @pytest.mark.parametrize("way", ["assigned", "checkpoint"])

@@ -307,6 +307,17 @@ def test_a_pattern_of_a_frozen_layer_acts_once_it_is_trained(make):
     assert mx.array_equal(model.body.weight, mx.zeros_like(before) if constrained else before)
 
 
+def test_a_pattern_of_a_quantised_layer_matches():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    nn.quantize(model, class_predicate=lambda path, _: path.endswith("0"))
+    model.freeze()
+    model.layers[1].unfreeze()
+    grads = nn.value_and_grad(model, lambda m: m(mx.ones((1, 64))).sum())(model)[1]
+    Constraint(Adagrad(0.1, groups=[{"params": "layers.0.*", "lr": 0.2}]), {"layers.0.weight": "non_neg"}).update(
+        model, grads
+    )
+
+
 def test_a_pattern_that_matches_nothing_at_all_is_still_refused():
     model = Frozen()
     grads = nn.value_and_grad(model, lambda x: model.head(model.body(x)).sum())(mx.ones((1, 3)))[1]

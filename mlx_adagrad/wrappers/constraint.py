@@ -204,7 +204,7 @@ class Constraint(Wrapper):
         """A pattern that matches no parameter, frozen ones included, is a mistake; asked until it has matched once."""
         if not self._unmatched:
             return
-        leaves = [(keys, w) for keys, w in existing(parameters) if w.dtype in COMPUTE_DTYPE]
+        leaves = list(existing(parameters))
         for pattern in list(self._unmatched) if leaves else ():
             if not any(_matches(pattern, dotted(keys), w) for keys, w in leaves):
                 raise ValueError(f"[{self._name}] the pattern {shown(pattern)} matches no parameter; {FROZEN}.")
