@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .. import checks
 from ..update.tracing import evaluate
-from .embedding import SparseEmbedding, indices
+from .layers import SparseEmbedding, indices
 from .look_ups import differentiates_plainly, table_of
 from .pooling import BagSums, limits_of
 
@@ -129,8 +129,8 @@ class SparseEmbeddingBag(SparseEmbedding):
         is_best = mx.logical_and(counted, mx.logical_or(seen == best[target], mx.isnan(seen)))
         places = mx.where(is_best, mx.arange(len(x), dtype=mx.int32)[:, None], len(x))
         first = mx.full(best.shape, len(x), mx.int32).at[target].minimum(places)[:bags]
-        found = mx.take_along_axis(rows, mx.minimum(first, len(x) - 1), axis=0)
-        return mx.where(first < len(x), found, mx.zeros((), rows.dtype))
+        largest = mx.take_along_axis(rows, mx.minimum(first, len(x) - 1), axis=0)
+        return mx.where(first < len(x), largest, mx.zeros((), rows.dtype))
 
     def _bags(self, x: mx.array, offsets: mx.array | None) -> tuple[int, mx.array]:
         """How many bags there are, and the bag of each index, their number for those in none."""

@@ -77,9 +77,9 @@ class Table:
         self.watched: mx.array | None = None
         self.reached = False  # by the gradient of the loss
         self.closed = False
-        self.replaced = False  # by fn, with other weights, which are none of ours
+        self.replaced = False  # by fn, with other weights, for which nothing is recorded
         self.shapes: list[tuple[int, ...]] = []  # of the indices of each look-up
-        self.found: list[tuple[tuple[Reading, Sequence[mx.array]], mx.array]] = []
+        self.reads: list[tuple[tuple[Reading, Sequence[mx.array]], mx.array]] = []  # with what came back for each
         self.sparse: RowSparse | None = None
         self.blocks: Iterator[mx.array] | None = None
 
@@ -108,7 +108,7 @@ class Table:
             return reading(weight, *arrays)
         if self.blocks is not None:
             block = next(self.blocks)
-            self.found.append(((reading, arrays), block))
+            self.reads.append(((reading, arrays), block))
             return reading(weight, *arrays) + block
         self.shapes.append(reading.shape)
         recorded: Any = mx.custom_function(reading.__call__)
@@ -119,7 +119,7 @@ class Table:
             if self.closed:  # somebody differentiates what value_and_grad returned
                 pair = reading.rows(cotangent, len(weight), *primals[1:])
                 return _sparse([pair], len(weight), weight.shape[1]).to_dense().astype(weight.dtype), *others
-            self.found.append(((reading, primals[1:]), cotangent))
+            self.reads.append(((reading, primals[1:]), cotangent))
             return mx.zeros((), weight.dtype), *others
 
         return recorded(weight, *arrays)
@@ -139,10 +139,10 @@ class Table:
         if self.sparse is None:
             rows, columns = self.weight.shape
             none = mx.zeros((0,), mx.int32), mx.zeros((0, columns), self.weight.dtype)
-            pairs = [reading.rows(g, rows, *arrays) for (reading, arrays), g in self.found] or [none]
-            distinct = len(self.found) == 1 and self.found[0][0][0].distinct
+            pairs = [reading.rows(g, rows, *arrays) for (reading, arrays), g in self.reads] or [none]
+            distinct = len(self.reads) == 1 and self.reads[0][0][0].distinct
             self.sparse = distinct_rows(*pairs[0], rows) if distinct else _sparse(pairs, rows, columns)
-            self.found.clear()
+            self.reads.clear()
         return self.sparse
 
     def gradient(self, total: mx.array, differentiable: bool) -> RowSparse | mx.array:
@@ -163,7 +163,7 @@ class Table:
         self.watched = self.blocks = None
         self.closed = True
         self.sparse = None
-        self.found.clear()
+        self.reads.clear()
 
 
 def _operations(array: mx.array) -> Counter[str]:
