@@ -1,6 +1,8 @@
 """Row-sparse gradients: only the named rows change, and they change as numpy float64 says."""
 
+import copy
 import gc
+import pickle
 from functools import partial
 from typing import Any
 
@@ -167,6 +169,14 @@ def test_stock_functions_refuse_it_in_our_words(monkeypatch):
     for function in functions:
         with pytest.raises(TypeError, match=r"^\[RowSparse\] it is no array\. .* to_dense"):
             function(wide)
+    clip: Any = optim.clip_grad_norm
+    with pytest.raises(AttributeError, match=r"^\[RowSparse\] there is no attribute 'square'\. .* mlx_adagrad\.wr"):
+        clip({"table": wide}, 1.0)
+    with pytest.raises(AttributeError, match=r"^\[RowSparse\] there is no attribute 'colour'\.$"):
+        _ = wide.colour
+    assert not hasattr(wide, "astype") and getattr(wide, "T", None) is None
+    again = pickle.loads(pickle.dumps(copy.deepcopy(wide.coalesce())))
+    assert mx.array_equal(again.to_dense(), wide.to_dense())
 
 
 # --- the update -------------------------------------------------------------------------------------------------------

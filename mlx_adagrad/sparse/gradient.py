@@ -14,7 +14,7 @@ from . import kernels as row_kernels
 
 INSTEAD = (
     "Average it between processes by mlx_adagrad.distributed.average_gradients (not nn.average_gradients), "
-    "accumulate it by mlx_adagrad.wrappers.GradientAccumulation, scale it by gradient * factor, "
+    "accumulate and clip it by the wrappers of mlx_adagrad.wrappers, scale it by gradient * factor, "
     "or take its to_dense()."
 )
 REAL_DTYPES = tuple(dtype for dtype in COMPUTE_DTYPE if dtype != mx.complex64)
@@ -129,6 +129,11 @@ class RowSparse:
     def reshape(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse, since a gradient in rows has no other shape: ``nn.average_gradients`` asks for one."""
         raise TypeError(f"[RowSparse] it cannot be reshaped. {INSTEAD}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # mx.array's: mlx.optimizers.clip_grad_norm asks for square
+        more = f" It is no array. {INSTEAD}" if hasattr(mx.array, name) and not name.startswith("_") else ""
+        raise AttributeError(f"[RowSparse] there is no attribute '{name}'.{more}", name=name, obj=self)
 
     def __mlx_array__(self) -> NoReturn:
         # MLX asks for this where one of its functions wants an array: mx.distributed.all_sum, array + gradient, ...
