@@ -115,11 +115,19 @@ class Slots:
             meant = [k for k in self.known.by_path.get(_path(above), ()) if k not in exact]
             meant = [k for k in meant if k not in self.known.misleading]
             entries = self.found.setdefault(meant[0], {}) if len(meant) == 1 else None
-            if not isinstance(value, mx.array) or entries is None or entry in entries:
-                self.unknown[keys] = len(meant)
-            else:
+            if isinstance(value, mx.array) and entries is not None and entry not in entries:
                 entries[entry] = value
                 self.moved = True
+            elif not self._nested(keys):
+                self.unknown[keys] = len(meant)
+
+    def _nested(self, keys: Keys) -> bool:
+        """Whether an entry lies deeper in what a parameter has; an optimizer of the user's may keep it so."""
+        owner = next((keys[:i] for i in range(len(keys) - 2, 0, -1) if keys[:i] in self.known.arrays), None)
+        if owner is None or not isinstance(find(self.state, owner), dict):
+            return False
+        self.found.setdefault(owner, {})[keys[len(owner)]] = find(self.state, keys[: len(owner) + 1])
+        return True
 
     def leftovers(self) -> list[Exception]:
         """What is nobody's, and what could be that of two parameters."""

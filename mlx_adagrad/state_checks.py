@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
+from mlx.optimizers import Adafactor, Optimizer
 
 from .leaves import RESERVED, check_state
 from .matching import Before, Known, Slots, leftover
@@ -119,25 +119,44 @@ def compare_stock(optimizer: Optimizer, known: Known) -> Comparison:
     state: Any = optimizer.state
     roots = [key for key, value in state.items() if not isinstance(value, CONTAINERS)]
     slots = Slots(state, known, roots)
-    problems = [*_roots(state, ("step",))]
+    stock = type(optimizer).__module__.startswith("mlx.optimizers")  # and not one of the user's
+    rate = ("learning_rate",) if stock and not isinstance(optimizer, Adafactor) else ()  # which needs none
+    problems = [*_roots(state, ("step", *rate))]
     for keys, entries in slots.found.items():
-        problems += _stock_problems(optimizer, known.arrays[keys], entries, dotted(keys))
+        problems += _stock_problems(optimizer, known.arrays[keys], entries, dotted(keys), stock)
     return Comparison(state, slots.tree(state), problems, slots.leftovers())
 
 
-def _stock_problems(optimizer: Optimizer, w: mx.array, entries: Any, path: str) -> Iterator[Exception]:
+def _stock_problems(optimizer: Optimizer, w: mx.array, entries: Any, path: str, stock: bool) -> Iterator[Exception]:
     fresh: dict[str, Any] = {}
     try:
         optimizer.init_single(w, fresh)
     except Exception:  # an optimizer of the user's, which may make its state in any way
         return
+    if not isinstance(entries, dict):
+        yield ValueError(f"the state of '{path}' must be a dict but got {type(entries).__name__}.")
+        return
+    for key in entries if stock else ():
+        if key not in fresh:
+            yield ValueError(f"the state {key!r} of '{path}' is none of this optimizer.")
     for key, like in fresh.items():
-        value = entries.get(key) if isinstance(entries, dict) else None
+        value: Any = entries.get(key)
         if value is None:
             yield ValueError(f"the state of '{path}' has no {key!r}.")
-        elif isinstance(like, mx.array) and getattr(value, "shape", None) != like.shape:
-            got = getattr(value, "shape", type(value).__name__)
-            yield ValueError(f"the state {key!r} of '{path}' has shape {got} but must have {like.shape}.")
+        elif not isinstance(like, mx.array):
+            continue
+        elif not isinstance(value, mx.array):
+            yield TypeError(f"the state {key!r} of '{path}' must be an array but got {type(value).__name__}.")
+        elif value.shape != like.shape:
+            yield ValueError(f"the state {key!r} of '{path}' has shape {value.shape} but must have {like.shape}.")
+        elif _kind(value) != _kind(like):
+            yield ValueError(f"the state {key!r} of '{path}' is {value.dtype} but must be {like.dtype}.")
+
+
+def _kind(array: mx.array) -> mx.DtypeCategory:
+    """What a dtype is of: precision may differ."""
+    kinds = (mx.floating, mx.complexfloating, mx.integer)
+    return next((kind for kind in kinds if mx.issubdtype(array.dtype, kind)), mx.generic)
 
 
 def compare_own(own: dict[str, Any], fresh: dict[str, Any], known: Known) -> Comparison:
