@@ -4,6 +4,7 @@ from ._keras import import_keras
 from ._mindspore import import_mindspore
 from ._mlx import export_mlx, import_mlx
 from ._torch import export_torch, import_torch
+from .resizing import resize
 from .snapshots import Snapshot, snapshot
 from .state import load, save
 
@@ -16,6 +17,7 @@ __all__ = [
     "import_mlx",
     "import_torch",
     "load",
+    "resize",
     "save",
     "snapshot",
 ]
