@@ -1,5 +1,5 @@
 // One dense tensor: every thread updates N neighbouring elements of a row. Reads w, g, v once, where they lie, and
-// writes w, v once, row after row.
+// writes w, v once, row after row; v not at all if it does not change (V_MODE 0).
 uint column = thread_position_in_grid.x * N;
 uint columns = uint(w_shape[w_ndim - 1]);
 long across_w = w_strides[w_ndim - 1], across_g = g_strides[w_ndim - 1], across_v = v_strides[w_ndim - 1];
@@ -17,6 +17,8 @@ for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_p
     float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
     float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
     new_weights[i] = s.apply ? static_cast<W>(updated) : w[at_w];
+#ifndef V_MODE
     new_accumulator[i] = s.apply ? static_cast<V>(total) : static_cast<V>(v[at_v]);
+#endif
   }
 }

@@ -99,7 +99,7 @@ class Options:
             return narrow_kernels.supports(self.storage, parameter, gradient, self.differentiable, self.lazy)
         accumulator = self.accumulator.at(parameter)
         if isinstance(gradient, RowSparse) and self.lazy:
-            return not self.differentiable and row_kernels.supports(accumulator, parameter, gradient.values)
+            return not self.differentiable and row_kernels.supports(accumulator, parameter, gradient.dtype)
         return kernels.supports(accumulator, parameter, gradient)  # of a RowSparse it asks for the dtype only
 
 
@@ -127,15 +127,39 @@ class Dispatch(NamedTuple):
         storage = self.options.storage
         if storage.draws:
             self.keys.prepare(keys for _, w, _, keys in leaves if not storage.is_plain(w))
+        tables = self._update_rows(leaves, states)
         split = self._by_rule if everywhere else self._by_plan if self.fused else self._by_plan_and_shape
         for plan, places in split(leaves):
             if plan is None:
-                new: Sequence[mx.array] = [self.update(leaves[i], states[i]) for i in places]
+                new: Sequence[mx.array] = [
+                    tables[i] if i in tables else self.update(leaves[i], states[i]) for i in places
+                ]
             else:
                 new = self._update_many(plan, leaves, states, places)
             for i, w in zip(places, new, strict=True):
                 updated[i] = w
         return updated
+
+    def _update_rows(self, leaves: Leaves, states: Sequence[dict]) -> dict[int, mx.array]:
+        """Update the tables whose gradients are row-sparse; the host waits at most once, for what all of them read."""
+        options = self.options
+        places = [] if leaves.complete or not options.lazy else [*self._plain_rows(leaves)]
+        begun = []
+        for i in places:
+            g, w, _, keys = leaves[i]
+            plan = self._plan_of(keys, w, states[i])
+            fused, accumulator = self.fused and options.has_kernel(g, w), options.accumulator.at(w)
+            begun.append(row_ops.begin(plan, accumulator, w, g, states[i]["v"], fused, options.differentiable))
+        updated = {}
+        for i, (w, v) in zip(places, row_ops.finish_all(begun), strict=True):
+            updated[i], states[i]["v"] = w, v
+            self._count(states[i])
+        return updated
+
+    def _plain_rows(self, leaves: Leaves) -> Iterable[int]:
+        for i, (g, w) in enumerate(zip(leaves.gradients, leaves.parameters, strict=True)):
+            if isinstance(g, RowSparse) and self.options.storage.is_plain(w):
+                yield i
 
     def _have_kernels(self, leaves: Leaves) -> bool:
         """Whether kernels update all leaves: of one dtype, with gradients of one dtype, as in nearly all models."""
@@ -206,7 +230,7 @@ class Dispatch(NamedTuple):
         ws, vs = plan.launches(batch) if self.fused else plan.functions.update_many(batch, self.step.streams)
         for state, v in zip(states, vs, strict=True):
             state["v"] = v
-        if plan.rule.step_per_parameter:
+        if self.options.groups.default.step_per_parameter:
             for state in states:
                 self._count(state)
         return ws
@@ -214,10 +238,8 @@ class Dispatch(NamedTuple):
     def update(self, leaf: Leaf, state: dict) -> mx.array:
         """Update one parameter and its state; returns the new parameter."""
         g, w, _, keys = leaf
-        step, options = self.step, self.options
-        plan = self._plan(keys, w)
-        if step.differ(plan):
-            plan = plan._replace(scalars=step.scalars(plan, [keys], [state]).at(0))
+        options = self.options
+        plan = self._plan_of(keys, w, state)
         fused = self.fused and options.has_kernel(g, w)
         if isinstance(g, RowSparse) and not options.lazy:
             g = g.coalesce().to_dense()  # in fp32
@@ -225,8 +247,7 @@ class Dispatch(NamedTuple):
             w = self._update_narrow(plan, w, g, state, self.keys.of(keys), fused)
         else:
             w = self._update_plain(plan, w, g, state, fused)
-        if plan.rule.step_per_parameter:
-            self._count(state)
+        self._count(state)
         return w
 
     def _update_narrow(self, plan: Plan, w: mx.array, g: Any, state: dict, key: mx.array, fused: bool) -> mx.array:
@@ -259,7 +280,15 @@ class Dispatch(NamedTuple):
         return w
 
     def _count(self, state: dict) -> None:
-        state["step"] = state["step"] + self.step.counted
+        if self.options.groups.default.step_per_parameter:
+            state["step"] = state["step"] + self.step.counted
+
+    def _plan_of(self, keys: tuple[Any, ...], w: mx.array, state: dict) -> Plan:
+        """The plan for one tensor, with its own numbers."""
+        plan = self._plan(keys, w)
+        if not self.step.differ(plan):
+            return plan
+        return plan._replace(scalars=self.step.scalars(plan, [keys], [state]).at(0))
 
     def _plan(self, keys: tuple[Any, ...], w: mx.array) -> Plan:
         groups = self.options.groups

@@ -11,10 +11,10 @@ import mlx.nn as nn
 from mlx.nn.utils import value_and_grad as stock_value_and_grad  # as it is before anybody puts ours in its place
 
 from ..trees import Keys, children, find, mapped, present
-from ..update import streams
+from ..update import kernels, streams
 from ..update.compiled import clear_at_the_end
 from ..update.tracing import evaluate
-from .gradient import RowSparse
+from .gradient import RowSparse, SummedLater
 from .layers import SparseEmbedding as SparseEmbedding  # where pickles of version 0.1 look for it
 from .look_ups import Table, by_module, owned, plainly, watching
 
@@ -187,11 +187,12 @@ def _evaluated(value: Any, totals: dict, tables: dict[Keys, Table]) -> dict:
     others = [g for keys, g in present(totals) if keys not in tables or tables[keys].is_dense(g)]
     recorded = [table.recorded() for table in tables.values()]
     with streams.second_stream(sum(gradient.values.size for gradient in recorded)):
-        runs = [gradient.runs() for gradient in recorded if gradient.values.size]
+        sorts = not kernels.available()  # they sort in the update
+        runs = [gradient.runs() for gradient in recorded if gradient.values.size and sorts]
     evaluate([value, others, runs, [gradient.values for gradient in recorded]])
     del recorded
     gradients = _gradients(totals, tables, differentiable=False)
-    found = (g for keys, g in present(gradients) if keys in tables)
+    found = (g for keys, g in present(gradients) if keys in tables and not isinstance(g, SummedLater))
     evaluate([[g.indices, g.values] if isinstance(g, RowSparse) else g for g in found], wait=False)
     return gradients
 

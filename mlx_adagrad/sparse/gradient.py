@@ -83,12 +83,29 @@ class RowSparse:
             unique = mx.full((rows,), self.num_rows, mx.int32)
             sums = mx.zeros((rows, *self.values.shape[1:]), _sum_dtype(self.dtype))
         else:
+            if fused and row_kernels.sums(self.dtype):
+                return self._combined() if differentiable else SummedLater(self)
             order, run, unique = self.runs()
-            if fused and row_kernels.combines(self.values):
-                sums = row_kernels.combine(self.values, order, run, rows)
-            else:
-                sums = _combine(self.values, order, run, rows, differentiable)
+            sums = _combine(self.values, order, run, rows, differentiable)
         return _coalesced(unique, sums, self.num_rows)
+
+    def _combined(self) -> RowSparse:
+        """:meth:`coalesce` with the Metal kernel."""
+        rows, runs = min(self.places, self.num_rows), row_kernels.sum_runs(self.indices, self.values, self.num_rows)
+        slots = mx.where(runs.is_head, mx.cumsum(runs.is_head.astype(mx.int32)) - 1, rows)
+        unique = mx.put_along_axis(mx.full((rows + 1,), self.num_rows, mx.int32), slots, runs.targets, 0)
+        sums = mx.zeros((rows + 1, runs.sums.shape[1])).at[slots].add(runs.sums)  # those of other places are 0
+        return _coalesced(unique[:rows], sums[:rows].reshape(rows, *self.shape[1:]), self.num_rows)
+
+    @property
+    def places(self) -> int:
+        """The number of rows that it holds, K."""
+        return len(self.indices)
+
+    @property
+    def unsummed(self) -> RowSparse:
+        """The gradient that this is the sum of, where that is not made yet; else this one."""
+        return self
 
     def runs(self) -> tuple[mx.array, mx.array, mx.array]:
         """What of coalescing depends on the indices alone, made once; see :func:`_runs`."""
@@ -146,6 +163,54 @@ class RowSparse:
 
     def __repr__(self) -> str:
         return f"RowSparse({len(self.indices)} rows of {self.shape}, {self.dtype})"
+
+
+class SummedLater(RowSparse):
+    """``source.coalesce()``, made when somebody reads it. The kernels of the update take the source itself: they add up
+    rows as they go, in less than what coalescing takes.
+    """
+
+    __slots__ = ("_source", "_sum")
+
+    def __init__(self, source: RowSparse):
+        self.num_rows, self._coalesced, self._sorted = source.num_rows, True, None
+        self._source, self._sum = source, None
+
+    def _made(self) -> RowSparse:
+        if self._sum is None:
+            self._sum = self._source._combined()
+        return self._sum
+
+    @property
+    def indices(self) -> mx.array:  # type: ignore[override]
+        return self._made().indices
+
+    @property
+    def values(self) -> mx.array:  # type: ignore[override]
+        return self._made().values
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return mx.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._source.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._source.ndim
+
+    @property
+    def places(self) -> int:
+        return min(self._source.places, self.num_rows)
+
+    @property
+    def unsummed(self) -> RowSparse:
+        return self if self._sum is not None else self._source
+
+    def __reduce__(self) -> Any:
+        return _coalesced, (self.indices, self.values, self.num_rows)
 
 
 def _check(indices: Any, values: Any, num_rows: Any) -> None:

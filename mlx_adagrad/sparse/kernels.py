@@ -2,94 +2,171 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from ..update import kernels
-from ..update.accumulators import Dense, RowWise
+from ..update.accumulators import HALF, Dense, RowWise
 from ..update.rule import KERNEL_SCALARS, Form, Scalars
 
-
-def supports(accumulator: Dense, w: mx.array, values: mx.array) -> bool:
-    """Whether there are kernels for a table ``w`` and a row-sparse gradient with these values."""
-    return type(accumulator) in (Dense, RowWise) and w.dtype in kernels.PARAMETER_DTYPES and combines(values)
-
-
-def combines(values: mx.array) -> bool:
-    """Whether there is a kernel that adds up rows of these values."""
-    return values.dtype in kernels.GRADIENT_DTYPES
+# A threadgroup of rows_accumulate: up to 16 columns, 64 bytes of fp32, by up to 32 places.
+COLUMNS, PLACES = 16, 32
+# What rows_accumulate makes of v.
+LEAVE, ADD, REPLACE = 0, 1, 2
+# The branches of a sum that nothing is made of.
+_SUM = Form(*[False] * len(Form._fields))
 
 
-def combine(values: mx.array, order: mx.array, run: mx.array, rows: int) -> mx.array:
-    """The sum of each run of rows in fp32, 0 for those without members.
+def supports(accumulator: Dense, w: mx.array, dtype: mx.Dtype) -> bool:
+    """Whether there are kernels for a table ``w`` and a row-sparse gradient with values of this dtype."""
+    return type(accumulator) in (Dense, RowWise) and w.dtype in kernels.PARAMETER_DTYPES and sums(dtype)
+
+
+def sums(dtype: mx.Dtype) -> bool:
+    """Whether there is a kernel that adds up rows of this dtype."""
+    return dtype in kernels.GRADIENT_DTYPES
+
+
+class Runs(NamedTuple):
+    """A gradient in the order that sorts its indices: K places, of which the first of each run of equal indices, its
+    head, holds the sum of the run.
 
     Args:
-        values: K rows.
-        order: The order in which the members of a run follow each other.
-        run: The number of the run at each place of that order, ascending; from ``rows`` on they are left out.
-        rows: Runs to sum up.
+        order: The place of each index before.
+        sums: The sums, (K, D) in fp32; 0 at other places.
+        targets: The row that each place may write to, int32: its own, or that of place 0 where it names none.
+        heads: The place of the head of each place's run, int32; 0 where it names no row.
+        is_head: Whether a place is a head.
+        v: What is to be added to ``v``, or its new rows at heads; None where ``v`` stays.
+        total_v: These rows before they were rounded.
     """
-    places = len(order)
-    start = mx.full((rows + 1,), places, mx.int32).at[run].minimum(mx.arange(places, dtype=mx.int32))
-    flat = values.reshape(places, -1)
-    (sums,) = kernels.kernel("rows_combine", ("values", "order", "run", "start"), ("sums",))(
-        inputs=[flat, order, run, start],
-        output_shapes=[(rows, flat.shape[1])],
-        output_dtypes=[mx.float32],
-        **_thread_per_element(rows, flat.shape[1]),
-    )
-    return sums.reshape(rows, *values.shape[1:])
+
+    order: mx.array
+    sums: mx.array
+    targets: mx.array
+    heads: mx.array
+    is_head: mx.array
+    v: mx.array | None = None
+    total_v: mx.array | None = None
+
+
+def sum_runs(indices: mx.array, values: mx.array, num_rows: int) -> Runs:
+    """The sums of the runs, and nothing else."""
+    none = nothing(mx.float32)
+    arrays = indices, values, none, none
+    return _accumulate(_SUM, arrays, num_rows, Scalars(none, none, none), False, LEAVE, mx.float32)
 
 
 class Functions:
-    """What is written to rows of ``v`` and of ``w``, one launch each: ``row_ops._Functions`` in Metal.
+    """The two kernels of one (form, accumulator, dtype of ``w``, dtype of ``v``).
 
-    No kernel reads ``w``, and ``v`` is read only after it was written: MLX then writes both in place.
-
-    Args:
-        form: The branches of the formula, compiled into the kernels.
-        accumulator: How ``v`` is stored.
-        w_dtype: What the table is stored in.
-        v_dtype: What ``v`` is stored in.
+    Neither reads ``w``, and ``v`` is read only after it was written: MLX then writes both in place.
     """
 
     def __init__(self, form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype):
+        self.form, self.w_dtype, self.v_dtype = form, w_dtype, v_dtype
         self.row_wise = isinstance(accumulator, RowWise)
-        self.w_dtype = w_dtype
-        # a table in fp32 is added to, one in half precision gets new rows
-        flags = ("ROW_WISE", self.row_wise), ("ADD_W", w_dtype == mx.float32), ("ADD_V", v_dtype == mx.float32)
-        branches = [(name.upper(), value) for name, value in form._asdict().items()]
-        self.template = [("W", w_dtype), *flags, *branches]
+        self.v_mode = (REPLACE if v_dtype in HALF else ADD) if form.update_accumulator else LEAVE
 
-    def grown(self, v_rows: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars) -> mx.array:
-        """What is written to ``v``, in fp32: g² or its mean over each row, or the new rows in half precision."""
-        rows, columns = len(g), g[0].size
-        names = ("v_rows", "w_rows", "g", "live", *KERNEL_SCALARS)
-        (grown,) = kernels.kernel("rows_grown", names, ("grown",))(
-            inputs=[v_rows.reshape(-1), w_rows.reshape(-1), g.reshape(rows, columns), live.reshape(-1), *s.inputs()],
-            template=self.template,
-            output_shapes=[(rows,) if self.row_wise else (rows, columns)],
-            output_dtypes=[mx.float32],
-            **kernels.simdgroup_per_row(rows),
-        )
-        return grown if self.row_wise else grown.reshape(g.shape)
+    def accumulate(
+        self, indices: mx.array, values: mx.array, rows: tuple[mx.array, mx.array], num_rows: int, s: Scalars
+    ) -> Runs:
+        """The sums, and what is written to ``v``.
 
-    def moved(
-        self, v: mx.array, targets: mx.array, w_rows: mx.array, g: mx.array, live: mx.array, s: Scalars
-    ) -> mx.array:
-        """What is written to ``w``, given a ``v`` that has grown already, in whose rows ``targets`` it stands."""
-        rows, columns = len(g), g[0].size
-        names = ("v", "targets", "w_rows", "g", "live", *KERNEL_SCALARS)
-        (moved,) = kernels.kernel("rows_moved", names, ("moved",))(
-            inputs=[v, targets, w_rows.reshape(-1), g.reshape(-1), live.reshape(-1), *s.inputs()],
-            template=self.template,
-            output_shapes=[(rows, columns)],
+        Args:
+            indices: K row numbers.
+            values: K rows of the gradient.
+            rows: The rows of ``w`` and of ``v`` for each index, one element of each where nobody needs them.
+            num_rows: Rows of the table.
+            s: The numbers of the step.
+        """
+        arrays = indices, values, *rows
+        return _accumulate(self.form, arrays, num_rows, s, self.row_wise, self.v_mode, self.v_dtype)
+
+    def descend(self, runs: Runs, v: mx.array, w_rows: mx.array, s: Scalars) -> mx.array:
+        """What is added to ``w``, or put into it in half precision, given the new ``v``."""
+        at_head = runs.total_v is not None
+        columns = runs.sums.shape[1]
+        names = ("v", "g", "order", "targets", "heads", "is_head", "w_rows", *KERNEL_SCALARS)
+        arrays = runs.total_v if at_head else v, runs.sums, runs.order, runs.targets, runs.heads, runs.is_head
+        (new_w,) = kernels.kernel("rows_descend", names, ("new_w",))(
+            inputs=[*arrays, flat(w_rows), *s.inputs()],
+            template=[
+                ("W", self.w_dtype),
+                ("ROW_WISE", self.row_wise),
+                ("ADD_W", self.w_dtype not in HALF),
+                ("V_AT_HEAD", at_head),
+                *kernels.branches(self.form),
+            ],
+            output_shapes=[runs.sums.shape],
             output_dtypes=[self.w_dtype],
-            **_thread_per_element(rows, columns),
+            **_thread_per_element(len(runs.order), columns),
         )
-        return moved.reshape(g.shape)
+        return new_w
 
 
-def _thread_per_element(rows: int, columns: int) -> dict[str, tuple[int, int, int]]:
+@cache
+def functions(form: Form, accumulator: Dense, w_dtype: mx.Dtype, v_dtype: mx.Dtype) -> Functions:
+    """The kernels of one combination."""
+    return Functions(form, accumulator, w_dtype, v_dtype)
+
+
+def _accumulate(
+    form: Form,
+    arrays: tuple[mx.array, mx.array, mx.array, mx.array],
+    num_rows: int,
+    s: Scalars,
+    row_wise: bool,
+    v_mode: int,
+    v_dtype: mx.Dtype,
+) -> Runs:
+    indices, values, w_rows, v_rows = arrays[0], arrays[1], flat(arrays[2]), flat(arrays[3])
+    places = len(indices)
+    values = values.reshape(places, -1)
+    columns = values.shape[1]
+    order = mx.argsort(indices.view(_UNSIGNED[indices.dtype.size]))  # what names no row comes last, negative too
+    across = min(columns, COLUMNS)
+    v_shape = (places,) if row_wise else values.shape
+    names = ("values", "order", "indices", "w_rows", "v_rows", "rows", *KERNEL_SCALARS)
+    outputs = "sums", "targets", "heads", "is_head", "new_v", "total_v"
+    shapes = values.shape, (places,), (places,), (places,), v_shape, v_shape
+    dtypes = mx.float32, mx.int32, mx.int32, mx.bool_, v_dtype, mx.float32
+    count = 4 + v_mode
+    sums, targets, heads, is_head, *v = kernels.kernel(
+        "rows_accumulate", names, outputs[:count], strided=True, v_mode=v_mode
+    )(
+        inputs=[values, order, indices, w_rows, v_rows, _number(num_rows), *s.inputs()],
+        template=[("V", v_dtype), ("ROW_WISE", row_wise), *kernels.branches(form)],
+        output_shapes=shapes[:count],
+        output_dtypes=dtypes[:count],
+        grid=(across if row_wise else columns, places, 1),
+        threadgroup=(across, min(PLACES, kernels.THREADS // across), 1),
+    )
+    return Runs(order, sums, targets, heads, is_head, *v)
+
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+@cache
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """Stands for rows that nobody reads, 0-d."""
+    return mx.array(0.0, dtype)
+
+
+def flat(rows: mx.array) -> mx.array:
+    """Rows on one axis; 0-d arrays have one element too, but arrive in a kernel as references."""
+    return rows.reshape(-1)
+
+
+@cache
+def _number(n: int) -> mx.array:
+    return mx.array(n, mx.int32)
+
+
+def _thread_per_element(rows: int, columns: int) -> kernels.Where:
     """A grid of a column along x and a row along y, in groups of whole rows where they are short."""
     across = min(columns, kernels.THREADS)
     return {"grid": (columns, rows, 1), "threadgroup": (across, kernels.THREADS // across, 1)}

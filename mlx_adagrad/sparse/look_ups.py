@@ -175,8 +175,10 @@ def _operations(array: mx.array) -> Counter[str]:
 
 def _sparse(pairs: Sequence[tuple[mx.array, mx.array]], rows: int, columns: int) -> RowSparse:
     """The gradients of look-ups of any shape, one after another."""
-    flat = mx.concatenate([canonical(x.reshape(-1), rows) for x, _ in pairs])
-    return RowSparse(flat, mx.concatenate([g.reshape(-1, columns) for _, g in pairs]), rows)
+    flat = [x.reshape(-1) for x, _ in pairs]
+    if len({x.dtype for x in flat}) > 1:
+        flat = [canonical(x, rows) for x in flat]
+    return RowSparse(mx.concatenate(flat), mx.concatenate([g.reshape(-1, columns) for _, g in pairs]), rows)
 
 
 def table_of(module: nn.Module) -> Table | None:

@@ -24,6 +24,8 @@ ONE_PER_THREAD_BELOW = 65_536
 THREADS = 256
 # Threads of a threadgroup along either of the last two axes, where both are that long.
 TILE = 16
+# From so many elements on a whole threadgroup works on a row, and not one simdgroup: a few long rows are few threads.
+LONG_ROW = 1024
 # A grid axis is an int32; a thread takes several blocks where there are more.
 MOST_BLOCKS = 2**30
 
@@ -78,26 +80,31 @@ def launch(
     """
     if w.size == 0:
         return w, v.astype(v_dtype)
-    shape = w.shape or (1,)
-    template: list[tuple[str, Any]] = [("W", w.dtype), ("V", v_dtype)]
-    template += [(name.upper(), value) for name, value in form._asdict().items()]
+    w, g, v, shape = (w, g, v, w.shape) if w.ndim else (w.reshape(1), g.reshape(1), v.reshape(1), ())
     if v.ndim < w.ndim:
-        name, v_shape, where = "rowwise", v.shape, simdgroup_per_row(len(w))
+        simdgroups = 1 if w.size < LONG_ROW * len(w) else THREADS // 32
+        name, work, where = "rowwise", ("SIMDGROUPS", simdgroups), simdgroups_per_row(simdgroups, len(w))
     else:
         per_thread = 1 if w.size < ONE_PER_THREAD_BELOW else BYTES_PER_THREAD // w.dtype.size
-        template.append(("N", per_thread))
-        name, v_shape, where = "dense", shape, grid(shape, per_thread)
+        name, work, where = "dense", ("N", per_thread), grid(w.shape, per_thread)
+    new_v_is_written = form.update_accumulator
+    outputs = 1 + new_v_is_written
+    names = ("w", "g", "v", *KERNEL_SCALARS), ("new_weights", "new_accumulator")[:outputs]
     # strided: the gradient of every nn.Linear weight is a transposed view
-    names = ("w", "g", "v", *KERNEL_SCALARS), ("new_weights", "new_accumulator")
-    tensors = (w, g, v) if w.ndim else (w.reshape(1), g.reshape(1), v.reshape(1))
-    new_w, new_v = kernel(name, *names, strided=True)(
-        inputs=[*tensors, *scalars.inputs()],
-        template=template,
-        output_shapes=[shape, v_shape],
-        output_dtypes=[w.dtype, v_dtype],
+    new_w, *new_v = kernel(name, *names, strided=True, v_mode=None if new_v_is_written else 0)(
+        inputs=[w, g, v, *scalars.inputs()],
+        template=[("W", w.dtype), ("V", v_dtype), work, *branches(form)],
+        output_shapes=[w.shape, v.shape][:outputs],
+        output_dtypes=[w.dtype, v_dtype][:outputs],
         **where,
     )
-    return (new_w, new_v) if w.ndim else (new_w.reshape(()), new_v.reshape(()))
+    v = new_v[0] if new_v else v.astype(v_dtype)
+    return (new_w, v) if shape else (new_w.reshape(()), v.reshape(()))
+
+
+def branches(form: Form) -> list[tuple[str, bool]]:
+    """The branches of the formula as template arguments."""
+    return [(name.upper(), value) for name, value in form._asdict().items()]
 
 
 class Launches:
@@ -137,9 +144,10 @@ def launches(form: Form, v_dtype: mx.Dtype) -> Launches:
     return Launches(form, v_dtype)
 
 
-def simdgroup_per_row(rows: int) -> Where:
-    """A grid of 32 lanes along x and a row along y, so that a row is summed up inside one simdgroup."""
-    return {"grid": (32, rows, 1), "threadgroup": (32, THREADS // 32, 1)}
+def simdgroups_per_row(simdgroups: int, rows: int) -> Where:
+    """A grid of one or more simdgroups along x and a row along y, so that one threadgroup sums up a row."""
+    across = 32 * simdgroups
+    return {"grid": (across, rows, 1), "threadgroup": (across, THREADS // across, 1)}
 
 
 def grid(shape: tuple[int, ...], per_thread: int) -> Where:
@@ -163,17 +171,25 @@ def kernel(
     strided: bool = False,
     header: str | None = None,
     before: str = "",
+    v_mode: int | None = None,
 ) -> Any:
     """The kernel whose body is ``metal/<name>.metal``, built once, at its first launch.
 
-    ``strided``: it reads its inputs where they lie; else MLX copies first what is not row-contiguous. ``header``: one
-    more file with helpers. ``before``: code in front of the body.
+    Args:
+        name: Of the body.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        strided: It reads its inputs where they lie; else MLX copies first what is not row-contiguous.
+        header: One more file with helpers.
+        before: Code in front of the body.
+        v_mode: What the body makes of ``v``, where it has fewer outputs then.
     """
+    define, suffix = ("", "") if v_mode is None else (f"#define V_MODE {v_mode}\n", f"_v{v_mode}")
     return mx.fast.metal_kernel(
-        name=f"mlx_adagrad_{name}",
+        name=f"mlx_adagrad_{name}{suffix}",
         input_names=list(inputs),
         output_names=list(outputs),
-        header=source("rule") + source("layout") + (source(header) if header else ""),
+        header=define + source("rule") + source("layout") + (source(header) if header else ""),
         source=f"{before}\n{source(name)}" if before else source(name),
         ensure_row_contiguous=not strided,
     )

@@ -63,6 +63,7 @@ void touch(uintptr_t address, size_t n, bool store) {
     if (offset >= b->bytes) continue;
     if (offset + n > b->bytes) out_of_bounds(address, n, store);
     (store ? b->stored : b->loaded) += n;
+    if (!store && ++now->loads > dispatch->most_loads) dispatch->most_loads = now->loads;
     if (b->flags & OUTPUT) touch_output(*b, offset, n, store);
     else if (store) fail("stores into the input '%s'", b->name);
     return;

@@ -48,9 +48,11 @@ class Primitive:
         """
         if self.name in VIEWS:
             return 0
+        _, shape, dtype = self.inputs[0]
+        if self.name == "AsType" and dtype == self.outputs[0][2]:  # mx.array(x): x is donated, as to a scatter
+            return 0
         if self.name in ONE_KERNEL:
             return 1
-        _, shape, dtype = self.inputs[0]
         if self.name == "Concatenate":  # a copy of each input into its place (concatenate_gpu)
             return len(self.inputs)
         if self.name == "Reduce":

@@ -37,6 +37,7 @@ class Launch:
     bytes_written: dict[str, int]
     elements: dict[str, int]
     copies: dict[str, int]
+    most_loads: int  # by one thread
 
     @property
     def launches(self) -> int:
@@ -229,7 +230,7 @@ class HostKernel:
             raise HostError(f"[{self.name}] {message.value.decode()}")
         arena.check_guards()
         self._check_written(call, arena)
-        host.launches.append(self._launch(call, source, arena))
+        host.launches.append(self._launch(call, source, arena, dispatch.most_loads))
         first = len(arena.blocks) - len(self._output_names)
         outputs = zip(call.output_shapes, call.output_dtypes, strict=True)
         return [to_mlx(arena.contents(first + i).reshape(s), d) for i, (s, d) in enumerate(outputs)]
@@ -252,7 +253,7 @@ class HostKernel:
         if holes:
             raise HostError(f"[{self.name}] elements left unwritten, by output: {holes}")
 
-    def _launch(self, call: _Call, source: str, arena: Arena) -> Launch:
+    def _launch(self, call: _Call, source: str, arena: Arena, most_loads: int) -> Launch:
         seen = {b.name.decode(): b for b in arena.table if self._host.check}
         return Launch(
             name=self.name,
@@ -263,6 +264,7 @@ class HostKernel:
             bytes_written={name: b.stored for name, b in seen.items() if b.flags & OUTPUT},
             elements={b.name: b.data.size for b in arena.blocks},
             copies=self._copies(call),
+            most_loads=most_loads,
         )
 
     def _copies(self, call: _Call) -> dict[str, int]:

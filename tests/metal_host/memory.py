@@ -32,7 +32,12 @@ class HostBuffer(ctypes.Structure):
 class HostDispatch(ctypes.Structure):
     """`Dispatch` of runner.h."""
 
-    _fields_ = [("grid", ctypes.c_uint32 * 3), ("group", ctypes.c_uint32 * 3), ("seed", ctypes.c_uint64)]
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("group", ctypes.c_uint32 * 3),
+        ("seed", ctypes.c_uint64),
+        ("most_loads", ctypes.c_uint64),
+    ]
 
 
 @dataclass

@@ -7,7 +7,7 @@
 #include <vector>
 
 Thread* now;
-const Dispatch* dispatch;
+Dispatch* dispatch;
 
 namespace {
 
@@ -103,6 +103,7 @@ void place(Thread& thread, Point group, Point local) {
   put(ids.threads_per_simdgroup, 32);
   put(ids.thread_execution_width, 32);
   const unsigned* p = ids.thread_position_in_grid;
+  thread.loads = 0;
   thread.number = 1 + (p[2] * dispatch->grid[1] + p[1]) * dispatch->grid[0] + p[0];
 }
 
@@ -124,7 +125,7 @@ void run_plain() {
 
 }  // namespace
 
-extern "C" int host_run(Buffer* buffers, int count, const Dispatch* how, char* text, size_t size) {
+extern "C" int host_run(Buffer* buffers, int count, Dispatch* how, char* text, size_t size) {
   message = text, message_size = size;
   dispatch = how, random_state = how->seed, now = nullptr;
   pointers.clear();

@@ -18,18 +18,20 @@ struct Buffer {  // mirrored by ctypes in memory.py
 struct Dispatch {  // mirrored by ctypes in memory.py
   uint32_t grid[3], group[3];
   uint64_t seed;
+  uint64_t most_loads;  // out: of one thread, counted by element
 };
 
 struct Thread {
   HostIds ids;
   uint32_t number;        // 1 + linear position in the grid; 0 means nobody
   const char* stack_top;  // its frames lie below
+  uint64_t loads;         // from buffers so far
 };
 
 extern "C" void host_kernel(const uint64_t* buffers, const HostIds* ids);  // generated with each kernel
 
 extern Thread* now;
-extern const Dispatch* dispatch;
+extern Dispatch* dispatch;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void call_kernel();
