@@ -93,7 +93,8 @@ class Launch:
         self.template += [("V", self.kind.v_dtype), ("RANDOM_V", self.kind.v_is_random)]
         if isinstance(self.kind.accumulator, RowWise) and self.w.ndim > 1:
             self._without_strides()
-            return self._launch("narrow_rowwise", self.kept["v"].shape, kernels.simdgroup_per_row(len(self.w)), False)
+            where = kernels.simdgroups_per_row(1, len(self.w))
+            return self._launch("narrow_rowwise", self.kept["v"].shape, where, False)
         per_thread = 1 if self.w.size < kernels.ONE_PER_THREAD_BELOW else kernels.BYTES_PER_THREAD // self.w.dtype.size
         self.inputs["v"] = self.kept["v"].reshape(self.shape)
         self.template.append(("N", per_thread))
