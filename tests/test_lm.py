@@ -216,7 +216,7 @@ def test_what_is_evaluated_and_saved_is_the_average(home, tmp_path, monkeypatch,
     averaged, raw = loaded(tmp_path / "a" / "adapters.safetensors"), loaded(tmp_path / "a" / "resume.safetensors")
     for name, w in averaged.items():
         assert mx.array_equal(w, raw[f"optimizer._mlx_adagrad.averages./{name.replace('.', '/')}"])
-    assert any(not mx.array_equal(w, raw[f"model.weights.{name}"]) for name, w in averaged.items())
+    assert any(not mx.array_equal(w, raw[f"model.{name}"]) for name, w in averaged.items())
     assert equal(averaged, loaded(tmp_path / "a" / "0000009_adapters.safetensors"))
     monkeypatch.setattr(sys, "argv", [*arguments[:1], "--model", str(home / "llama"), "--data", str(home / "data"),
                                       "--adapter-path", str(tmp_path / "a"), "--test", "--batch-size", "4"])

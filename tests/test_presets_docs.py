@@ -59,6 +59,9 @@ def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):
     namespace: dict[str, Any] = {
         "state_dict": state_dict(0.02, (3, 4), (3,), (1, 3), (1,)),
         "conv_state_dict": state_dict(0, (8, 3, 5, 5), (8,)),
+        "train_set": [],
+        "args": None,
+        "train": lambda *_, training_callback, **__: training_callback.on_train_loss_report({"iteration": 100}),
     }
     namespace["conv_state_dict"]["state"][0]["sum"] = filters
     for block in blocks_of(ROOT / "docs" / "checkpoints.md"):

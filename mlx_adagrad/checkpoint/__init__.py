@@ -4,11 +4,13 @@ from ._keras import import_keras
 from ._mindspore import import_mindspore
 from ._mlx import export_mlx, import_mlx
 from ._torch import export_torch, import_torch
+from .callback import Callback
 from .resizing import resize
 from .snapshots import Snapshot, snapshot
-from .state import load, save
+from .state import load, read_notes, save
 
 __all__ = [
+    "Callback",
     "Snapshot",
     "export_mlx",
     "export_torch",
@@ -17,6 +19,7 @@ __all__ = [
     "import_mlx",
     "import_torch",
     "load",
+    "read_notes",
     "resize",
     "save",
     "snapshot",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -56,6 +57,7 @@ def snapshot(
     *,
     trainable_only: bool = False,
     random_state: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """The state of a run between two steps, for another thread to write: ``snapshot.save(path)``.
 
@@ -67,9 +69,10 @@ def snapshot(
         model: A module, or a tree of its parameters. Default: ``None``.
         trainable_only: Leave out the module's frozen parameters, such as the base of a LoRA run. Default: ``False``.
         random_state: Keep the state of ``mx.random``, this thread's. Default: ``False``.
+        notes: What else to keep, such as the position in the data, in the types of JSON. Default: ``None``.
 
     Raises:
-        TypeError: If an argument is of another type, or the state holds something that is no array.
+        TypeError: If an argument is of another type, or the state holds what is no array, or the notes what JSON lacks.
         ValueError: Inside ``mx.compile`` or another transformation.
         RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
     """
@@ -77,6 +80,7 @@ def snapshot(
     if trainable_only and not isinstance(model, Module):
         got = type(model).__name__
         raise TypeError(f"[checkpoint] 'trainable_only' needs a module, which knows what is frozen, but got {got}.")
+    written = {} if notes is None else {"notes": _as_json(notes)}
     arrays: dict[str, mx.array] = {}
     with threads.between_steps(optimizer, ADVICE):
         run = {"optimizer": optimizer.state, "model": parameters(model, trainable_only)}
@@ -90,7 +94,16 @@ def snapshot(
         "config": json.dumps(describe(optimizer)),
         "structure": json.dumps(structure),
     }
-    return Snapshot(_kept(arrays), metadata | ({"model": TRAINABLE} if trainable_only else {}))
+    return Snapshot(_kept(arrays), metadata | ({"model": TRAINABLE} if trainable_only else {}) | written)
+
+
+def _as_json(notes: Mapping[str, Any]) -> str:
+    if not isinstance(notes, Mapping):
+        raise TypeError(f"[checkpoint] 'notes' must be a mapping but got {notes!r:.80}.")
+    try:
+        return json.dumps(dict(notes))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"[checkpoint] 'notes' must be of the types of JSON: {error}.") from error
 
 
 def _kept(arrays: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ def save(
     *,
     trainable_only: bool = False,
     random_state: bool = False,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the optimizer's state, and the model's parameters if given, as one safetensors file.
 
@@ -42,9 +43,11 @@ def save(
         model: A module, or a tree of its parameters. Default: ``None``.
         trainable_only: Leave out the module's frozen parameters, such as the base of a LoRA run. Default: ``False``.
         random_state: Keep the state of ``mx.random``, this thread's, too. Default: ``False``.
+        notes: What else to keep, such as the position in the data, in the types of JSON. Default: ``None``.
 
     Raises:
-        TypeError: If an argument is of another type (in another order), or the state holds something that is no array.
+        TypeError: If an argument is of another type (in another order), or the state holds what is no array, or the
+            notes what JSON has not.
         ValueError: Inside ``mx.compile`` or another transformation, or if ``path`` is no file.
         RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
         OSError: If the file cannot be written; the old one is as it was.
@@ -52,8 +55,10 @@ def save(
     check_path("save", path)
     if not isinstance(optimizer, Snapshot):
         check_run("save", optimizer, model)
-        optimizer = snapshot(optimizer, model, trainable_only=trainable_only, random_state=random_state)
-    elif model is not None or trainable_only or random_state:
+        optimizer = snapshot(
+            optimizer, model, trainable_only=trainable_only, random_state=random_state, notes=notes
+        )
+    elif model is not None or trainable_only or random_state or notes is not None:
         raise TypeError("[checkpoint] what a snapshot holds was said when it was taken: save(path, snapshot).")
     optimizer.save(path)
 
@@ -120,6 +125,22 @@ def load(
         trees.fill(model, new["model"])
     if key is not None:
         mx.random.seed(key)
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, Any]:
+    """The ``notes`` that were saved with a run; ``{}`` for a file without any.
+
+    Raises:
+        ValueError: If the file is damaged, or is none that :func:`save` wrote.
+        OSError: If the file cannot be read.
+    """
+    check_path("read_notes", path)
+    with _opened(path) as (entries, metadata):
+        _unpack(entries, metadata)
+        notes = _json(metadata, "notes") if "notes" in metadata else {}
+        if not isinstance(notes, dict):
+            raise ValueError("its notes are no mapping")
+    return notes
 
 
 def _to_fill(model: Module | dict, saved: Any, metadata: dict[str, str]) -> Any:

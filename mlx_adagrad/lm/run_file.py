@@ -24,11 +24,8 @@ SHOWN = 10  # differences that an error message lists
 
 
 def save(path: Path, optimizer: Optimizer, model: Module, notes: Mapping[str, Any]) -> None:
-    """Write the run: the trainable parameters, the optimizer's state, and ``notes``, which JSON can hold."""
-    random_state: Any = mx.random.state
-    text = json.dumps({**notes, "random": random_state[0].tolist()}).encode()
-    tree = {"weights": model.trainable_parameters(), "notes": mx.array(memoryview(text))}  # type: ignore[call-overload]
-    checkpoint.save(path, optimizer, tree)
+    """Write the run: the trainable parameters, the optimizer's state, MLX's random state, and ``notes``."""
+    checkpoint.save(path, optimizer, model, trainable_only=True, random_state=True, notes=notes)
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -38,30 +35,9 @@ def read_notes(path: Path) -> dict[str, Any]:
         ValueError: If the file is damaged, or no run.
         OSError: If it cannot be read.
     """
-    with open(path, "rb") as stream:
-        try:
-            entries, _ = safetensors.read(stream)
-            return json.loads(bytes(memoryview(entries["model.notes"].read())))  # type: ignore[arg-type]
-        except KeyError:
-            raise ValueError(f"[train] '{path}' is no saved run: it has no notes.") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"[train] '{path}' cannot be loaded: {error}.") from error
-
-
-def load(path: Path, optimizer: Optimizer, model: Module) -> dict[str, Any]:
-    """Put a saved run back: weights, the optimizer's state and the random state of MLX; returns the notes.
-
-    Raises:
-        ValueError: If the file is damaged, or does not fit; each difference is named. Nothing has changed then.
-        OSError: If it cannot be read.
-    """
-    notes = read_notes(path)
-    text = json.dumps(notes).encode()
-    tree = {"weights": model.trainable_parameters(), "notes": mx.zeros(len(text), mx.uint8)}
-    checkpoint.load(path, optimizer, tree)
-    model.update(tree["weights"])
-    high, low = notes["random"]
-    mx.random.seed(high << 32 | low)
+    notes = checkpoint.read_notes(path)
+    if not {"iterations", "position", "options"} <= notes.keys():
+        raise ValueError(f"[train] '{path}' cannot be loaded: it is a checkpoint, but not one of mlx_adagrad.lm.train.")
     return notes
 
 

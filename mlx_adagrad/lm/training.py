@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from .. import checkpoint
 from ..configurable import Configurable
 from ..wrappers import DynamicLossScale, LossScale
 from . import known, run_file
@@ -121,8 +122,9 @@ class Run:
             self._check_ranks(0)
             self._say(f"There is no {self.file} yet: starting at iteration 1.")
             return
-        run_file.check_options(self.file, run_file.read_notes(self.file)["options"], self.options)
-        notes = run_file.load(self.file, self.optimizer, self.model)
+        notes = run_file.read_notes(self.file)
+        run_file.check_options(self.file, notes["options"], self.options)
+        checkpoint.load(self.file, self.optimizer, self.model)
         self.batches.resume(notes["iterations"], notes["position"])
         self._check_ranks(notes["iterations"])
         self._say(f"Resuming {self.file} after iteration {notes['iterations']} of {self.args.iters}.")
