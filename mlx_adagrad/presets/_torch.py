@@ -40,8 +40,8 @@ def torch(
         maximize: Ascend; weight decay still shrinks. Default: ``False``.
         groups: As in :class:`~mlx_adagrad.Adagrad`; a group's ``initial_accumulator_value`` is checked and ignored,
             as torch ignores it. Default: ``None``.
-        state_dtype: What ``v`` is stored in: ``"parameter"`` for the parameter's dtype, as ``fused=True`` has it in
-            torch, ``"float32"`` for fp32 beside half precision. Default: ``"parameter"``.
+        state_dtype: What ``v`` is stored in: ``"parameter"`` for the parameter's dtype, as in torch, ``"float32"`` for
+            fp32 beside half precision. Default: ``"parameter"``.
 
     Raises:
         ValueError: For a negative, infinite or NaN hyperparameter, or another ``state_dtype``.
