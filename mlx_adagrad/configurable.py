@@ -49,6 +49,11 @@ class Configurable:
         """Return the updated parameters, a tree in the shape of ``gradients``."""
         raise NotImplementedError
 
+    def flush(self, model_or_tree: Any) -> Any:
+        """Update by the gradients that wait in an accumulation: without one there are none, and nothing changes."""
+        checks.tree(type(self).__name__, [None], model_or_tree)
+        return model_or_tree.parameters() if isinstance(model_or_tree, Module) else model_or_tree
+
     @property
     def iterations(self) -> mx.array:
         """The number of updates made, as Keras names it; calls that only accumulate gradients make none."""

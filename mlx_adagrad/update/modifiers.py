@@ -43,6 +43,8 @@ class Modifiers:
         apply: Where False, weights, state and step counts stay as they are. A Python ``False`` costs nothing; an array
             is selected on, never read.
         calls: Calls made so far, for learning-rate schedules; None: the optimizer's own step count.
+        flush: Whether this call brings no gradients, only zeros in their place, and is to complete the window of a
+            gradient accumulation inside; see wrappers/flushing.py.
         findings: What several processes have found out together about the gradients; see wrappers/agreement.py.
     """
 
@@ -52,6 +54,7 @@ class Modifiers:
     apply: mx.array | bool = True
     calls: mx.array | None = None
     findings: Any = None
+    flush: bool = False
 
     def scaled(self, factor: Scalar) -> Modifiers:
         """These modifiers, then a factor: it scales what was clipped before, hence the bounds too."""
@@ -76,6 +79,10 @@ class Modifiers:
         else:
             apply = mx.logical_and(self.apply, flag)
         return replace(self, apply=apply)
+
+    def flushing(self, apply: mx.array | bool) -> Modifiers:
+        """These modifiers for a call that brings no gradients, where ``apply`` says so."""
+        return replace(self.gated(apply), flush=True)
 
     def modified(self, keys: Keys, gradient: mx.array) -> mx.array:
         """``gradient`` as the update will see it, fp32 or wider: for norms, and for optimizers that take no

@@ -20,3 +20,13 @@ def evaluate(tree: Any, wait: bool = True) -> bool:
         if "array without a primitive" not in str(error):
             raise
     return False
+
+
+def read(array: mx.array) -> Any:
+    """The Python value of an array, or None inside a transformation, where it has none."""
+    try:
+        return array.item()
+    except ValueError as error:
+        if "during function transformations" not in str(error):
+            raise
+        return None

@@ -14,8 +14,9 @@ from ..trees import Keys, dotted, find, mapped, name, present, trainable
 from ..update.accumulators import wide_dtype
 from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, at
+from ..update.tracing import read
 from . import row_sums
-from .base import Wrapper, read
+from .base import Wrapper
 from .row_sums import RowSum
 
 
@@ -37,6 +38,8 @@ class GradientAccumulation(Wrapper):
         TypeError: If ``steps`` is no integer.
 
     Row-sparse gradients are added up as rows, so that memory grows with the rows named and not with the table.
+
+    :meth:`flush` updates by an incomplete window, by the mean of the gradients that it has.
 
     A call that only accumulates costs one pass over the gradients. In a compiled step, and inside a wrapper that skips
     steps, each call computes an update and selects: whether it is due cannot be asked there.
@@ -66,6 +69,8 @@ class GradientAccumulation(Wrapper):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False:
             return super().apply_modified(gradients, parameters, modifiers)
+        if modifiers.flush:
+            return self._flushed(gradients, parameters, modifiers)
         calls = self._own["calls"]
         known = read(calls) if modifiers.apply is True else None
         due = (calls + 1) % self.steps == 0 if known is None else (known + 1) % self.steps == 0
@@ -86,6 +91,32 @@ class GradientAccumulation(Wrapper):
         # where it is known, a constant: reading it at the next call waits for nothing
         self._keep(modifiers, calls=calls + 1 if known is None else mx.array(known + 1, mx.uint64))
         return new
+
+    @property
+    def waiting(self) -> mx.array:
+        """The number of calls whose gradients wait for the window to be complete, 0-d uint64."""
+        return self._own["calls"] % self.steps
+
+    def _flushed(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
+        """Update by the mean of what the window has so far, and count the calls that it still lacks as made."""
+        calls, waiting = self._own["calls"], self.waiting
+        end = calls - waiting + self.steps
+        known = read(waiting) if modifiers.apply is True else None
+        some = waiting > 0 if known is None else known > 0
+        tree = mapped(lambda keys, _: self._sum(keys, find(parameters, keys)), gradients)
+        mean = Modifiers(
+            scale=1.0 / mx.maximum(waiting, 1).astype(mx.float32),
+            apply=modifiers.apply,
+            calls=end - 1 if self.schedule_counts == "calls" else None,
+        )
+        new = super().apply_modified(tree, parameters, mean.gated(some))
+        self._restart({}, {}, some, modifiers)
+        self._keep(modifiers, calls=mx.where(some, end, calls))
+        return new
+
+    def _sum(self, keys: Keys, w: mx.array) -> mx.array | RowSparse | None:
+        total = self._own["gradients"].get(name(keys))
+        return None if total is None else row_sums.as_gradient(total, w)
 
     def _parameter(self, keys: Keys, g: Any, parameters: Any) -> mx.array:
         is_row_sparse(self._name, keys, g)  # refuses what is no gradient

@@ -16,7 +16,8 @@ from ..trees import Keys, find, mapped, name, present, pruned, trainable
 from ..update.accumulators import wide_dtype
 from ..update.compiled import compiled
 from ..update.modifiers import Modifiers
-from .base import Wrapper, read
+from ..update.tracing import read
+from .base import Wrapper
 from .swap import has_averages, holds_averages, swapped, was_updated
 
 
@@ -57,9 +58,7 @@ class ExponentialMovingAverage(Wrapper):
             self._own["averages"].setdefault(key, w.astype(wide_dtype(w)))
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
-        if has_averages(
-            parameters
-        ):  # not in a trace, where raising would leave tracers in the state
+        if has_averages(parameters):  # not in a trace, where raising would leave tracers in the state
             what = "an update inside 'averaged' would be of the averages, and lost"
             raise ValueError(f"[{self._name}] {what}: leave the 'with' block before you train.")
         new = super().apply_modified(gradients, parameters, modifiers)
@@ -68,7 +67,8 @@ class ExponentialMovingAverage(Wrapper):
         calls = self._own["calls"]
         updates = calls // self.calls_per_update  # while it is 0, the averages are the weights
         weights = self._average(updates == 0, gradients, parameters, new, modifiers)
-        self._keep(modifiers, calls=calls + 1)
+        # a flush stands for all calls that its window lacked
+        self._keep(modifiers, calls=(updates + 1) * self.calls_per_update if modifiers.flush else calls + 1)
         if self.overwrite_frequency is None:
             return new
         overwrites = (updates + 1) % self.overwrite_frequency == 0

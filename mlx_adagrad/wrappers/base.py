@@ -18,7 +18,7 @@ from ..state_checks import Comparison, compare_own, flat_entries, restored, sett
 from ..trees import existing, fill
 from ..update.modifiers import UNMODIFIED, Modifiers
 from ..update.tracing import evaluate
-from . import foreign
+from . import flushing, foreign
 from .states import check_own, check_roots, parts, refuse_inside
 
 OWN = "_mlx_adagrad"
@@ -161,6 +161,28 @@ class Wrapper(Configurable, Optimizer):
         self._settle(parameters, gradients)
         return self.apply_modified(gradients, parameters, UNMODIFIED)
 
+    def flush(self, model_or_tree: Any) -> Any:
+        """Update by the last, incomplete window of a :class:`GradientAccumulation`, as at the end of an epoch.
+
+        The update is by the mean of the gradients that the window has, whose number may be less than its ``steps``; the
+        calls that it lacks count as made, for schedules and averages too, and the next window begins with the next
+        call. Where no gradient waits nothing changes: no step is made. Keras has no counterpart; optax's running mean
+        is the same; a torch loop that divides each loss by ``steps`` makes a smaller update here.
+
+        Args:
+            model_or_tree: A module, which is updated in place, or a tree of parameters.
+
+        Returns:
+            The parameters, updated.
+
+        Raises:
+            TypeError: If ``model_or_tree`` is neither.
+            ValueError: If one accumulation is inside another: how much of its mean a part of it weighs is not defined.
+        """
+        checks.tree(self._name, [None], model_or_tree)
+        self._settle(model_or_tree)
+        return flushing.flush(self, model_or_tree)
+
     def _is_idle(self, gradients: Any) -> bool:
         # a preset inside has the same rule as without this wrapper
         return (super() if self._recipe is not None else self._nearest)._is_idle(gradients)
@@ -217,16 +239,6 @@ class Wrapper(Configurable, Optimizer):
     def _nearest(self) -> Configurable:
         """The optimizer inside, or what stands for one that knows nothing of whole-run features."""
         return self.optimizer if isinstance(self.optimizer, Configurable) else Configurable()
-
-
-def read(array: mx.array) -> Any:
-    """The Python value of an array, or None inside a transformation, where it has none."""
-    try:
-        return array.item()
-    except ValueError as error:
-        if "during function transformations" not in str(error):
-            raise
-        return None
 
 
 def _first(optimizer: Optimizer) -> Optimizer:

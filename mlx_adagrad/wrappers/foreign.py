@@ -14,6 +14,7 @@ from mlx.utils import tree_map
 from ..leaves import is_row_sparse, rebuild
 from ..trees import Keys, copied, dotted, find, is_absent, mapped, present, pruned
 from ..update.modifiers import Modifiers, Scalar
+from .flushing import accumulations
 
 
 def init(optimizer: Optimizer, parameters: Any) -> None:
@@ -93,6 +94,8 @@ def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, mod
     for part, inner in zip(parts, optimizer.optimizers, strict=True):
         is_idle = getattr(inner, "_is_idle", None)  # ours have it
         if is_idle is not None and is_idle(part):
+            continue
+        if modifiers.flush and not accumulations(inner):
             continue
         leaves = [keys for keys, _ in present(part)]
         updated = apply_modified(inner, part, parameters, _only(modifiers, {*leaves}))

@@ -55,7 +55,7 @@ class LossScale(Scaling):
         return super().scale_loss(_wide(loss) * self.factor)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
-        if self.factor != 1:
+        if self.factor != 1 and not modifiers.flush:
             self._check_asked()
         return super().apply_modified(gradients, parameters, modifiers.scaled(mx.array(1.0 / self.factor)))
 
@@ -111,7 +111,7 @@ class DynamicLossScale(Scaling):
         return super().scale_loss(loss * self.dynamic_scale)
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
-        if modifiers.apply is False:
+        if modifiers.apply is False or modifiers.flush:
             return super().apply_modified(gradients, parameters, modifiers)
         scale, count = self.dynamic_scale, self._own["step_counter"]
         self._agreement.check(parameters)

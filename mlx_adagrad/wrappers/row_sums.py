@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..sparse.gradient import RowSparse
 from ..update.accumulators import wide_dtype
-from .base import read
+from ..update.tracing import read
 
 Part: TypeAlias = dict[str, mx.array]
 RowSum: TypeAlias = "list[Part] | Part"

@@ -11,9 +11,10 @@ from mlx.optimizers import Optimizer
 from ..checks import shown
 from ..distributed.sharding import Sharded
 from ..update.modifiers import Modifiers
+from ..update.tracing import read
 from . import reductions
 from .agreement import ALONE, Agreement
-from .base import Wrapper, read
+from .base import Wrapper
 from .loss_scale import DynamicLossScale
 
 
@@ -70,7 +71,7 @@ class SkipNonFinite(Wrapper):
         return self._own["skipped_steps"]
 
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
-        if modifiers.apply is False:
+        if modifiers.apply is False or modifiers.flush:
             return super().apply_modified(gradients, parameters, modifiers)
         self._agreement.check(parameters)
         gradients = reductions.coalesced(self._name, gradients)
