@@ -110,6 +110,26 @@ def test_plain_and_compiled_calls_may_alternate():
         assert_near(got, to_numpy(want))
 
 
+def test_compiled_calls_have_room_for_all_that_plain_ones_named():
+    rows, optimizer, want = 1000, GradientAccumulation(Adagrad(0.1), 6), GradientAccumulation(Adagrad(0.1), 6)
+    table = reference = mx.zeros((rows, 2))
+    ids = np.random.default_rng(0).permutation(rows)
+    sizes, start = [20, 20, 20, 2, 2, 7], 0
+    for t, k in enumerate(sizes):
+        g = RowSparse(mx.array(ids[start : start + k]), mx.ones((k, 2)), rows)
+        start += k
+
+        def step(w, indices, values):
+            return optimizer.apply_gradients({"w": RowSparse(indices, values, rows)}, {"w": w})["w"]
+
+        run: Any = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state) if t > 2 else step
+        table = run(table, g.indices, g.values)
+        reference = want.apply_gradients({"w": g.to_dense()}, {"w": reference})["w"]
+        mx.eval(table, optimizer.state, reference)
+    assert (table != 0).any(axis=1).sum().item() == sum(sizes)
+    assert_near(table, to_numpy(reference))
+
+
 @compiled_too
 def test_dense_and_row_sparse_calls_may_alternate(compiled):
     table, gradients = case(12)
@@ -150,6 +170,19 @@ def test_a_sum_that_is_absent_at_the_update_is_discarded():
         got = train(optimizer, table, gradients[2:], compiled)
         want = train(GradientAccumulation(Adagrad(0.1), 2), table, gradients[2:])
         assert_near(got, to_numpy(want))
+
+
+def test_nothing_is_left_of_a_window():
+    table, gradients = case(4)
+    for compiled in (False, True):
+        optimizer = GradientAccumulation(Adagrad(0.1), 2)
+        train(optimizer, table, gradients[:2], compiled)
+        optimizer.apply_gradients({"w": None, "b": mx.ones((2,))}, {"w": table, "b": mx.ones((2,))})
+        got = train(optimizer, table, gradients[3:], compiled)
+        want = GradientAccumulation(Adagrad(0.1), 2)
+        train(want, table, gradients[:2], dense=True)
+        want.apply_gradients({"w": mx.zeros_like(table)}, {"w": table})
+        assert_near(got, to_numpy(train(want, table, gradients[3:], dense=True)))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
