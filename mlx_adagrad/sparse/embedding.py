@@ -16,7 +16,7 @@ from ..update.compiled import clear_at_the_end
 from ..update.tracing import evaluate
 from .gradient import RowSparse, SummedLater
 from .layers import SparseEmbedding as SparseEmbedding  # where pickles of version 0.1 look for it
-from .look_ups import Table, by_module, owned, plainly, watching
+from .look_ups import Call, Table, by_module
 
 
 def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) -> Callable:
@@ -53,33 +53,46 @@ def value_and_grad(model: nn.Module, fn: Callable, *, exportable: bool = False) 
 
     @wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        modules = dict(_embeddings(model))
-        with owned(modules.values()):
-            value, gradients = _value_and_grad(model, fn, modules, exportable, args, kwargs)
-            _renorm(modules, gradients)
-            return value, gradients
+        call = Call()
+        try:
+            try:
+                modules = dict(_embeddings(model))
+                call.own(modules.values())
+                value, gradients = _value_and_grad(call, model, fn, modules, exportable, args, kwargs)
+                _renorm(modules, gradients)
+                return value, gradients
+            finally:
+                call.end()
+        finally:
+            call.end()  # where the first was interrupted
 
     return wrapped
 
 
 def _value_and_grad(
-    model: nn.Module, fn: Callable, modules: dict[Keys, SparseEmbedding], exportable: bool, args: Any, kwargs: Any
+    call: Call,
+    model: nn.Module,
+    fn: Callable,
+    modules: dict[Keys, SparseEmbedding],
+    exportable: bool,
+    args: Any,
+    kwargs: Any,
 ) -> tuple[Any, Any]:
     parameters = model.trainable_parameters()
     before = [*present(parameters)]
     tables = {keys: Table(modules[keys]) for keys, _ in before if keys in modules}  # in the order of the tree
     if not tables:
         return stock_value_and_grad(model, fn)(*args, **kwargs)
-    with watching(tables) as outermost:
-        try:
-            if exportable:
-                with plainly():
-                    return _run_exportable(model, fn, parameters, tables, args, kwargs)
-            value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
-            return value, _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
-        except BaseException:
-            _put(model, before)  # there are tracers in it, and in the tree of parameters
-            raise
+    call.undo = lambda: _put(model, before)  # there will be tracers in it, and in the tree of parameters
+    outermost = call.watch(tables)
+    if exportable:
+        call.differentiate_plainly()
+        value, gradients = _run_exportable(model, fn, parameters, tables, args, kwargs)
+    else:
+        value, totals = _differentiate(model, fn, parameters, tables, args, kwargs)
+        gradients = _evaluated(value, totals, tables) if outermost else _gradients(totals, tables)
+    call.undo = None
+    return value, gradients
 
 
 def _renorm(modules: dict[Keys, SparseEmbedding], gradients: Any) -> None:

@@ -6,8 +6,7 @@ import io
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -17,8 +16,7 @@ from ..update import kernels
 from .gradient import RowSparse, canonical, distinct_rows, named
 
 _thread = threading.local()
-_owners: dict[int, int] = {}  # the threads that differentiate tables now, by the id of the module
-_owners_lock = threading.Lock()
+_owners: dict[int, Call] = {}  # the calls that differentiate tables now, by the id of the module
 
 
 def rows_of(weight: mx.array, x: mx.array) -> mx.array:
@@ -183,21 +181,10 @@ def _sparse(pairs: Sequence[tuple[mx.array, mx.array]], rows: int, columns: int)
 
 def table_of(module: nn.Module) -> Table | None:
     """The innermost call of this thread that differentiates for the table of ``module``."""
-    for tables in reversed(getattr(_thread, "calls", ())):
+    for tables in reversed(_calls()):
         if id(module) in tables:
             return tables[id(module)]
     return None
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Let the functions of this thread use no ``mx.custom_function`` meanwhile, which cannot be exported."""
-    before = differentiates_plainly()
-    _thread.plain = True
-    try:
-        yield
-    finally:
-        _thread.plain = before
 
 
 def differentiates_plainly() -> bool:
@@ -210,39 +197,60 @@ def by_module(tables: dict[Any, Table]) -> dict[int, Table]:
     return {id(table.module): table for table in tables.values()}
 
 
-@contextmanager
-def owned(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep other threads from differentiating these tables meanwhile: MLX lets no thread use the arrays of another's
-    trace, and they stand in the modules for a while.
-
-    Raises:
-        RuntimeError: If another thread does so already.
-    """
-    me, mine = threading.get_ident(), []
-    try:
-        with _owners_lock:
-            for module in modules:
-                if _owners.get(id(module), me) != me:
-                    raise RuntimeError("[value_and_grad] another thread is differentiating the same SparseEmbedding.")
-                if id(module) not in _owners:  # else an outer call of this thread owns it
-                    _owners[id(module)] = me
-                    mine.append(id(module))
-        yield
-    finally:
-        with _owners_lock:
-            for module in mine:
-                del _owners[module]
-
-
-@contextmanager
-def watching(tables: dict[Any, Table]) -> Iterator[bool]:
-    """Let the look-ups of this thread know of the tables; tells whether this is the outermost call."""
+def _calls() -> list[dict[int, Table]]:
+    """The tables of the calls of this thread that are under way, the outermost first."""
     if not hasattr(_thread, "calls"):
         _thread.calls = []
-    _thread.calls.append(by_module(tables))
-    try:
-        yield len(_thread.calls) == 1
-    finally:
-        _thread.calls.pop()
-        for table in tables.values():
+    return _thread.calls
+
+
+class Call:
+    """What one call of ``value_and_grad`` holds while it is under way, on the thread that makes it.
+
+    An exception, a KeyboardInterrupt too, may come at any line, those of :meth:`end` included: whoever makes the call
+    ends it twice. So everything is noted down before it is done, and may be undone again; and there is no lock, which
+    stays locked where an exception comes just before the end of its ``with``.
+    """
+
+    def __init__(self) -> None:
+        self.undo: Callable[[], Any] | None = None  # puts the parameters back where the call fails
+        self.thread = threading.get_ident()
+        self._wanted: list[int] = []
+        self._tables: list[Table] = []
+        self._depth = len(_calls())
+        self._plain = differentiates_plainly()
+
+    def own(self, modules: Iterable[nn.Module]) -> None:
+        """Keep other threads from differentiating these tables meanwhile: MLX lets no thread use the arrays of
+        another's trace, and they stand in the modules for a while.
+
+        Raises:
+            RuntimeError: If another thread does so already.
+        """
+        for module in modules:
+            self._wanted.append(id(module))
+            owner = _owners.setdefault(id(module), self)  # one step that nothing comes between
+            if owner.thread != self.thread:
+                raise RuntimeError("[value_and_grad] another thread is differentiating the same SparseEmbedding.")
+
+    def watch(self, tables: dict[Any, Table]) -> bool:
+        """Let the look-ups of this thread know of the tables; tells whether this is the outermost call."""
+        self._tables = [*tables.values()]
+        _calls().append(by_module(tables))
+        return self._depth == 0
+
+    def differentiate_plainly(self) -> None:
+        """Let the functions of this thread use no ``mx.custom_function`` meanwhile, which cannot be exported."""
+        _thread.plain = True
+
+    def end(self) -> None:
+        """Undo all of it; without effect the second time."""
+        del _calls()[self._depth :]
+        _thread.plain = self._plain
+        for table in self._tables:
             table.close()
+        if self.undo is not None:
+            self.undo()
+        for module in self._wanted:  # last: until then the modules hold arrays of a trace
+            if _owners.get(module) is self:  # and not an outer call of this thread
+                del _owners[module]
