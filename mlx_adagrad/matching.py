@@ -6,7 +6,7 @@ keys like ``"0"``, and dicts where they have keys with dots; it is put back into
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -83,9 +83,11 @@ class Slots:
         self.agrees = _agrees(self.state, known.tree)
         self.moved = False
         rest: list[tuple[Keys, Any]] = []
-        for keys, value in present(self.state):
+        for keys, value in _ends(self.state):
             above, entry = keys[:-1], keys[len(keys) - 1]
-            if keys in known.arrays and self._stands(keys):  # where a dict of arrays should be
+            if is_absent(value):
+                self._nested(keys)
+            elif keys in known.arrays and self._stands(keys):  # where a dict of arrays should be
                 self.found[keys] = value
             elif above in known.arrays and self._stands(above):
                 node = find(self.state, above)
@@ -123,8 +125,8 @@ class Slots:
 
     def _nested(self, keys: Keys) -> bool:
         """Whether an entry lies deeper in what a parameter has; an optimizer of the user's may keep it so."""
-        owner = next((keys[:i] for i in range(len(keys) - 2, 0, -1) if keys[:i] in self.known.arrays), None)
-        if owner is None or not isinstance(find(self.state, owner), dict):
+        owner = next((keys[:i] for i in range(len(keys) - 1, 0, -1) if keys[:i] in self.known.arrays), None)
+        if owner is None or not self._stands(owner) or not isinstance(find(self.state, owner), dict):
             return False
         self.found.setdefault(owner, {})[keys[len(owner)]] = find(self.state, keys[: len(owner) + 1])
         return True
@@ -153,11 +155,25 @@ class Slots:
         return new
 
 
+def _ends(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The (keys, leaf) pairs of a state, with None and empty containers."""
+    for key, node in children(tree):
+        if isinstance(node, CONTAINERS) and node:
+            yield from _ends(node, (*keys, key))
+        else:
+            yield (*keys, key), node
+
+
 def _agrees(state: Any, like: Any) -> bool:
-    """Whether the containers of a state are of the kinds that the parameters have, where both have some."""
-    if is_absent(state) or not isinstance(state, CONTAINERS) or not isinstance(like, CONTAINERS):
+    """Whether the containers of a state are of the kinds that the parameters have, where both have some.
+
+    MLX's own optimizers take an empty dict for a hole, and neither None nor an empty list.
+    """
+    if is_absent(state):
+        return isinstance(state, dict) or (state is not None and isinstance(like, list | tuple))
+    if not isinstance(state, CONTAINERS) or not isinstance(like, CONTAINERS):
         return True
-    if isinstance(state, dict) != isinstance(like, dict):
+    if isinstance(state, dict) != isinstance(like, dict) or not isinstance(state, dict) and len(state) > len(like):
         return False
     below = dict(children(like))
     return all(_agrees(node, below.get(key)) for key, node in children(state))

@@ -13,7 +13,7 @@ from mlx.optimizers import Adafactor, Optimizer
 
 from .leaves import RESERVED, check_state
 from .matching import Before, Known, Slots, leftover
-from .trees import CONTAINERS, FROZEN, children, dotted, fill, old_name
+from .trees import CONTAINERS, FROZEN, child, children, dotted, fill, is_absent, old_name
 from .update.accumulators import COMPUTE_DTYPE, wide_dtype
 from .update.storage import KEYS, Storage
 from .update.tracing import evaluate
@@ -99,14 +99,8 @@ def compare(
     problems = [*_roots(state, ("step", "learning_rate"))]
     slots = Slots(state, known, (*RESERVED, *schedules))
     for keys, entries in slots.found.items():
-        if known.arrays[keys].dtype not in COMPUTE_DTYPE:
-            continue  # MLX's own makes state for integers too
-        try:
-            check_state(storage, known.arrays[keys], entries, dotted(keys))
-        except (TypeError, ValueError) as error:
-            problems.append(type(error)(str(error).removeprefix("[Adagrad] ")))
-        unknown = [] if extra or not isinstance(entries, dict) else [key for key in entries if key not in KEPT]
-        problems += [ValueError(f"the state {key!r} of '{dotted(keys)}' is none of an Adagrad.") for key in unknown]
+        if known.arrays[keys].dtype in COMPUTE_DTYPE:  # MLX's own makes state for integers too
+            problems += _entry_problems(storage, known.arrays[keys], entries, dotted(keys), extra)
     new = slots.tree(state)
     if not problems and state["learning_rate"].ndim:  # MLX's own keeps one of shape (1,) as it was given
         new = {**new, "learning_rate": state["learning_rate"].reshape(())}
@@ -114,11 +108,25 @@ def compare(
     return Comparison(state, new, problems, slots.leftovers())
 
 
+def _entry_problems(storage: Storage, w: mx.array, entries: Any, path: str, extra: bool) -> Iterator[Exception]:
+    held = entries.items() if isinstance(entries, dict) and not extra else ()
+    for key, value in held:
+        if key not in KEPT:
+            yield ValueError(f"the state {key!r} of '{path}' is none of an Adagrad.")
+        elif is_absent(value):
+            yield TypeError(f"the state {key!r} of '{path}' must be an array but got {type(value).__name__}.")
+    if not any(is_absent(value) for _, value in held):
+        try:
+            check_state(storage, w, entries, path)
+        except (TypeError, ValueError) as error:
+            yield type(error)(str(error).removeprefix("[Adagrad] "))
+
+
 def compare_stock(optimizer: Optimizer, known: Known) -> Comparison:
     """Compare the state of an optimizer of MLX with what it would make itself."""
     state: Any = optimizer.state
-    roots = [key for key, value in state.items() if not isinstance(value, CONTAINERS)]
-    slots = Slots(state, known, roots)
+    own = [key for key, value in state.items() if not isinstance(value, CONTAINERS) and child(known.tree, key) is None]
+    slots = Slots(state, known, {"step", "learning_rate", *own})
     stock = type(optimizer).__module__.startswith("mlx.optimizers")  # and not one of the user's
     rate = ("learning_rate",) if stock and not isinstance(optimizer, Adafactor) else ()  # which needs none
     problems = [*_roots(state, ("step", *rate))]
@@ -177,16 +185,17 @@ def compare_own(own: dict[str, Any], fresh: dict[str, Any], known: Known) -> Com
             if keys is None or known.arrays[keys].dtype not in COMPUTE_DTYPE:
                 leftovers.append(leftover(f"{key}{name}"))
             else:
-                problems += _own_problems(f"{key!r} of '{dotted(keys)}'", value, known.arrays[keys])
+                rows = key == "gradients"
+                problems += _own_problems(f"{key!r} of '{dotted(keys)}'", value, known.arrays[keys], rows)
     return Comparison(own, own if all(new[key] is own[key] for key in own) else new, problems, leftovers)
 
 
-def _own_problems(what: str, value: Any, w: mx.array) -> Iterator[Exception]:
-    if isinstance(value, dict | list) and _is_row_sum(value):
+def _own_problems(what: str, value: Any, w: mx.array, rows: bool) -> Iterator[Exception]:
+    if rows and isinstance(value, dict | list) and _is_row_sum(value):
         for part in value if isinstance(value, list) else [value]:
-            rows = part["values"].shape[part["indices"].ndim :]
-            if rows != w.shape[1:]:
-                yield ValueError(f"{what} of the state has rows of shape {rows} but must have {w.shape[1:]}.")
+            shape = part["values"].shape[part["indices"].ndim :]
+            if not w.ndim or shape != w.shape[1:]:
+                yield ValueError(f"{what} of the state has rows of shape {shape} but must have {w.shape[1:]}.")
     elif not isinstance(value, mx.array):
         yield TypeError(f"{what} of the state must be an array but got {type(value).__name__}.")
     elif value.shape != w.shape:

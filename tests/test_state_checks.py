@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_adagrad import Adagrad, RowWise, checkpoint, matching
 from mlx_adagrad.checkpoint import import_mlx
-from mlx_adagrad.trees import present
+from mlx_adagrad.trees import copied, present
 from mlx_adagrad.wrappers import (
     ClipByNorm,
     Constraint,
@@ -316,6 +317,65 @@ def test_a_part_knows_the_parameters_of_all():
     fresh.state = tree_unflatten(tree_flatten(source.state))
     fresh.apply_gradients(gradients(), weights())
     assert fresh.optimizers[1].step.item() == 4
+
+
+# ------------------------------------------------------------------ any damage
+ROWS = {"indices": mx.zeros((2,), mx.int32), "values": mx.ones((2, 5))}
+DAMAGES: list[Any] = [
+    None, 3.0, 5, "x", [], {}, {"a": {"b": {}}}, [mx.ones((2,))], {"v": mx.ones((2,))}, (mx.ones((4,)),), ROWS, [ROWS],
+    mx.ones((1,)), mx.ones((7, 2)), mx.ones((4,), mx.int32), mx.ones((4,), mx.float16), mx.ones((4,), mx.complex64),
+    mx.array(1.0), mx.array(True), mx.array(3, mx.uint64), mx.array(-3, mx.int32),
+]  # fmt: skip
+
+
+def places(tree):
+    """Every (container, key) of a tree."""
+    for key, node in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(node, dict | list):
+            yield from places(node)
+
+
+def damaged(state, random):
+    """A copy of a state with one or two entries taken out, put in, renamed or replaced."""
+    state = copied(state)
+    for _ in range(random.choice([1, 1, 2])):
+        node, key = random.choice(list(places(state)))
+        what = random.choice(["take out", "replace", "replace", "rename", "put in"])
+        if what == "take out":
+            del node[key]
+        elif what == "rename" and isinstance(node, dict):
+            node[random.choice(["z", "0", 0, "v", "m", "step", "a.b"])] = node.pop(key)
+        elif what == "put in" and isinstance(node, dict):
+            node[random.choice(["z", "0", "inner", OWN, "w", "", 3])] = copied(random.choice(DAMAGES))
+        else:
+            node[key] = copied(random.choice(DAMAGES))
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:.*nobody has scaled the loss")
+@stacks
+def test_damaged_state_goes_on_or_is_refused_and_nothing_has_changed(stack):
+    state, outcomes = trained(STACKS[stack]()).state, {"goes on": 0, "refused": 0}
+    for seed in range(60):
+        random, optimizer = Random(seed), STACKS[stack]()
+        if stack == "multi" or seed % 2:
+            optimizer.init(weights())
+        before = identities(optimizer)
+        try:
+            optimizer.state = damaged(state, random)
+            before = identities(optimizer)
+            new = optimizer.apply_gradients(gradients(), weights())
+            mx.eval([w for _, w in present(new)], [a for _, a in present(optimizer.state)])
+        except (ValueError, TypeError) as error:
+            assert str(error).startswith("[") and identities(optimizer) == before, (seed, str(error))
+            outcomes["refused"] += 1
+        else:
+            assert [(k, w.shape, w.dtype) for k, w in present(new)] == [
+                (k, w.shape, w.dtype) for k, w in present(weights())
+            ]
+            outcomes["goes on"] += 1
+    assert min(outcomes.values()) > 3, outcomes
 
 
 # ------------------------------------------------------------------ traces
