@@ -6,10 +6,22 @@ import pickle
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import numpy as np
 import pytest
 
 from mlx_adagrad import Adagrad, presets, schedules
-from mlx_adagrad.wrappers import MaxNorm, SkipNonFinite
+from mlx_adagrad.wrappers import (
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Constraint,
+    DynamicLossScale,
+    ExponentialMovingAverage,
+    GradientAccumulation,
+    LossScale,
+    MaxNorm,
+    SkipNonFinite,
+)
 from test_presets import EVERYTHING, NAMES, SIGNATURES, ExponentialDecay, make, train
 
 GROUPS = [
@@ -199,7 +211,7 @@ def test_a_copy_goes_on_with_closures_too(name):
 
 
 def test_only_presets_have_a_config():
-    for optimizer in (Adagrad(0.1), SkipNonFinite(presets.torch())):
+    for optimizer in (Adagrad(0.1), SkipNonFinite(Adagrad(0.1))):
         with pytest.raises(TypeError, match="only an optimizer that mlx_adagrad.presets returned"):
             optimizer.get_config()
 
@@ -212,3 +224,94 @@ def test_a_copy_is_a_run_of_its_own():
         assert train(twin, 3) == train(optimizer, 3)
         twin.learning_rate = 0.5
         assert optimizer.learning_rate.item() == pytest.approx(optimizer.get_config().get("lr", 0.1))
+
+
+# ---- wrappers around a preset
+
+WRAPPED = {
+    "dynamic": lambda o: DynamicLossScale(o, 8.0, 3),
+    "dynamic-defaults": lambda o: DynamicLossScale(o),
+    "loss scale": lambda o: LossScale(o, 4.0),
+    "value": lambda o: ClipByValue(o, 0.5),
+    "no clip": lambda o: ClipByNorm(o, None),
+    "norm": lambda o: ClipByNorm(o, mx.array([0.5])),  # type: ignore[arg-type]
+    "global norm": lambda o: ClipByGlobalNorm(o, 0.5, rule="torch"),
+    "accumulation": lambda o: GradientAccumulation(o, 2, schedule_counts="updates"),
+    "average": lambda o: ExponentialMovingAverage(o, 0.9, 2),
+    "constraint": lambda o: Constraint(o, {"*kernel": MaxNorm(1.5, axis=-1), "*": "unit_norm"}),
+    "skip": lambda o: SkipNonFinite(o),
+    "stack": lambda o: SkipNonFinite(ExponentialMovingAverage(GradientAccumulation(ClipByGlobalNorm(o, 1.0), 2), 0.5)),
+}
+
+
+@pytest.mark.parametrize("inner", ["keras", "torch-groups"])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_round_trip_of_wrappers_around_a_preset(name, inner):
+    optimizer = WRAPPED[name](MADE[inner]())
+    config = json.loads(json.dumps(optimizer.get_config(), allow_nan=False))
+    again = presets.from_config(config)
+    assert type(again) is type(optimizer) and again.get_config() == config == optimizer.get_config()
+    if inner == "torch-groups":
+        assert train(again) == train(WRAPPED[name](MADE[inner]()))
+
+
+def test_what_was_set_since_is_in_the_config_of_a_wrapper():
+    optimizer = ClipByNorm(presets.torch(0.1, groups=[{"params": "*bias", "lr": 0.2}]), 1.0)
+    optimizer.learning_rate = 0.5
+    optimizer.set_group(0, weight_decay=0.25)
+    inner = optimizer.get_config()["optimizer"]
+    assert inner["lr"] == 0.5 and inner["groups"] == [{"params": ["*bias"], "lr": 0.2, "weight_decay": 0.25}]
+
+
+def test_arrays_of_one_element_are_numbers_in_a_config():
+    numbers = {"eps": mx.array([0.5]), "weight_decay": np.float32(0.125)}
+    config = presets.torch(mx.array([0.25]), **numbers).get_config()  # type: ignore[arg-type]
+    assert json.loads(json.dumps(config)) == presets.torch(0.25, eps=0.5, weight_decay=0.125).get_config()
+
+
+class Mine(ClipByNorm):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ClipByNorm(Adagrad(0.1), 1.0), r"\[Adagrad\] only an optimizer that mlx_adagrad.presets returned has"),
+        (lambda: ClipByNorm(optim.Adam(0.1), 1.0), r"\[ClipByNorm\] Adam inside has no config"),
+        (lambda: Mine(presets.mlx(0.1), 1.0), r"\[Mine\] only wrappers of mlx_adagrad have a config"),
+        (
+            lambda: SkipNonFinite(presets.mlx(0.1), print),
+            "'on_skip' holds <built-in function print>",
+        ),
+        (lambda: Constraint(presets.mlx(0.1), {"*": lambda w: w}), r"\[Constraint\] 'constraints' holds <function"),
+        (lambda: Constraint(presets.mlx(0.1), {(lambda p, w: True): "non_neg"}), "'constraints' holds <function"),
+        (
+            lambda: SkipNonFinite(presets.mlx(0.1), group=mx.distributed.init()),
+            r"\[SkipNonFinite\] 'group' holds <mlx.core.distributed.Group",
+        ),
+    ],
+)
+def test_wrappers_without_a_config(make, message):
+    with pytest.raises(TypeError, match=message):
+        make().get_config()
+
+
+MLX = {"preset": "mlx", "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "config, error, message",
+    [
+        ({"wrapper": "Clip", "optimizer": MLX}, ValueError, "no wrapper 'Clip', only GradientAccumulation"),
+        ({"wrapper": ["ClipByNorm"], "optimizer": MLX}, ValueError, "no wrapper"),
+        ({"wrapper": "ClipByNorm", "max_norm": 1.0}, ValueError, "ClipByNorm lacks 'optimizer'"),
+        ({"wrapper": "ClipByNorm", "optimizer": MLX}, ValueError, "ClipByNorm lacks 'max_norm'"),
+        ({"wrapper": "ClipByNorm", "max_norm": 1, "x": 2, "optimizer": MLX}, ValueError, "does not know 'x'"),
+        ({"wrapper": "ClipByNorm", "max_norm": -1.0, "optimizer": MLX}, ValueError, "'max_norm' must be non-negative"),
+        ({"wrapper": "ClipByNorm", "max_norm": 1.0, "optimizer": {}}, ValueError, "no preset None"),
+        ({"wrapper": "ClipByNorm", "max_norm": 1.0, "optimizer": 3}, TypeError, "a config must be a dict but got 3"),
+    ],
+)
+def test_wrong_configs_of_wrappers_are_refused(config, error, message):
+    with pytest.raises(error, match=message):
+        presets.from_config(config)

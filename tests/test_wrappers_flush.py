@@ -62,7 +62,8 @@ class Run:
         def flush() -> None:
             self.w.update(optimizer.flush(self.w))
 
-        self.step, self.flush = (mx.compile(f, state, state) if compiled else f for f in (step, flush))
+        functions: list[Any] = [step, flush]
+        self.step, self.flush = (mx.compile(f, state, state) if compiled else f for f in functions)
 
     def steps(self, *numbers: int) -> Run:
         for t in numbers:

@@ -12,6 +12,7 @@ from mlx.optimizers import Optimizer
 
 from .. import schedules
 from ..adagrad import Adagrad
+from ..configurable import Configurable
 from ..groups import Groups
 from ..presets.recipe import Recipe
 
@@ -32,7 +33,7 @@ def describe(value: Any) -> Any:
     recipe = getattr(value, "_recipe", None)
     if isinstance(recipe, Recipe):
         return _described(recipe.entries(value))
-    config = own_config(value)
+    config = None if isinstance(value, Configurable) else own_config(value)  # files hold attributes of our wrappers
     if config is not None:
         return describe(config)
     named = attributes(value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from ..adagrad import Adagrad
 from ..checks import bound, shown
 from ..groups import RULE_KEYS, Groups, listed
 from ..trees import present
-from ..wrappers.constraint import NAMED
+from ..wrappers import config as wrapper_configs
 
 P = ParamSpec("P")
 Made = TypeVar("Made", bound=Any)
@@ -89,7 +89,8 @@ def from_config(config: Mapping[str, Any]) -> Any:
     """The optimizer that ``get_config()`` described, without its state.
 
     Args:
-        config: ``{"preset": name, ...}`` with arguments of that preset; what is missing takes its default.
+        config: ``{"preset": name, ...}`` with arguments of that preset; what is missing takes its default. For a
+            wrapper around it ``{"wrapper": name, ..., "optimizer": config}``.
 
     Raises:
         ValueError: If there is no such preset, it has no such argument, or a value is refused by it.
@@ -97,6 +98,8 @@ def from_config(config: Mapping[str, Any]) -> Any:
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"[presets] a config must be a dict but got {shown(config)}.")
+    if "wrapper" in config:
+        return wrapper_configs.wrapper_of(config, from_config)
     name, arguments = config.get("preset"), {key: value for key, value in config.items() if key != "preset"}
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"[presets] there is no preset {shown(name)}, only {', '.join(sorted(PRESETS))}.")
@@ -129,7 +132,7 @@ def _revived(arguments: Any) -> Any:
         if key in RATE_KEYS and isinstance(value, Mapping) and "class_name" not in value:
             revived[key] = schedules.from_config(value)
         elif key == "constraints" and isinstance(value, Mapping):
-            revived[key] = {pattern: _revived_constraint(constraint) for pattern, constraint in value.items()}
+            revived[key] = wrapper_configs.constraints(value)
     return revived
 
 
@@ -163,36 +166,4 @@ def _entry(owner: str, key: str, value: Any) -> Any:
         return value if isinstance(value, float) else schedules.get_config(value)
     if key == "groups" and value:
         return [{k: _entry(f"{owner} groups[{i}]", k, v) for k, v in group.items()} for i, group in enumerate(value)]
-    if key == "constraints" and value:
-        return {_plain(owner, key, pattern): _constraint(owner, c) for pattern, c in value.items()}
-    return _plain(owner, key, value)
-
-
-def _constraint(owner: str, constraint: Any) -> Any:
-    """A constraint for JSON: its name, with its arguments where it is one of those that have some."""
-    for name, kind in NAMED.items():
-        if type(constraint) is kind:
-            return {"name": name} | _plain(owner, "constraints", asdict(constraint))
-    return _plain(owner, "constraints", constraint)
-
-
-def _revived_constraint(config: Any) -> Any:
-    if not isinstance(config, Mapping):
-        return config
-    name, arguments = config.get("name"), {key: value for key, value in config.items() if key != "name"}
-    if name not in NAMED:
-        raise ValueError(f"[presets] there is no constraint {shown(name)}, only {', '.join(NAMED)}.")
-    return schedules.call_with("presets", NAMED[name], arguments)
-
-
-def _plain(owner: str, name: str, value: Any) -> Any:
-    """``value`` in the types of JSON."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, Real):
-        return int(value) if isinstance(value, Integral) else float(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(owner, name, child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(owner, name, child) for child in value]
-    raise TypeError(f"[{owner}] '{name}' holds {shown(value)}, which a config cannot.")
+    return wrapper_configs.entry(owner, key, value)

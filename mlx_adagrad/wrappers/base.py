@@ -137,6 +137,18 @@ class Wrapper(Configurable, Optimizer):
         """How many calls make one update: the steps of a gradient accumulation inside, else 1."""
         return self.optimizer.calls_per_update if isinstance(self.optimizer, Wrapper) else 1
 
+    def get_config(self) -> dict[str, Any]:
+        """The wrapper, its arguments, and the config of the preset inside; see :mod:`mlx_adagrad.presets`.
+
+        Raises:
+            TypeError: If there is no preset inside, or something depends on a function, which JSON cannot hold.
+        """
+        if self._recipe is not None:  # a preset with this wrapper in it
+            return super().get_config()
+        from .config import config_of  # it knows all wrappers
+
+        return config_of(self)
+
     def init(self, parameters: dict) -> None:
         """Make the state of every parameter in the tree now, the inner optimizer's and the wrapper's own."""
         self._settle(parameters)
