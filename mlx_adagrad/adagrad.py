@@ -91,7 +91,6 @@ class Adagrad(Configurable, Optimizer):
 
     rounding = "nearest"  # of optimizers pickled before there was a choice
     _cuts = LastCuts()
-    updated_on: int | None = None  # the thread of the last update, for ``checkpoint``
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
     @checks.hinted
@@ -246,7 +245,7 @@ class Adagrad(Configurable, Optimizer):
         """:meth:`apply_gradients` with what wrappers derived for this step: it enters the update as scalars."""
         options, state = self._options, self._bookkeeping
         use_kernels = options.use_kernels()
-        self.updated_on = get_ident()
+        self._updated_on = get_ident()
         self.groups.check_matches(parameters)
         if isinstance(self.accumulator, RowWise):
             self._cuts.check_rows(parameters)

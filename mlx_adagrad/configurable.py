@@ -18,6 +18,7 @@ class Configurable:
 
     _recipe: Any = None
     step: Any
+    _updated_on: int | None = None
 
     def get_config(self) -> dict[str, Any]:
         """The preset and its arguments as they stand now, for JSON and :func:`mlx_adagrad.presets.from_config`.
@@ -53,6 +54,11 @@ class Configurable:
         """Update by the gradients that wait in an accumulation: without one there are none, and nothing changes."""
         checks.tree(type(self).__name__, [None], model_or_tree)
         return model_or_tree.parameters() if isinstance(model_or_tree, Module) else model_or_tree
+
+    @property
+    def updated_on(self) -> int | None:
+        """The thread of the last update, by its ``ident``; None before."""
+        return self._updated_on
 
     @property
     def iterations(self) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import opcode
 import sys
 import threading
@@ -13,14 +14,15 @@ from typing import Any
 
 from mlx.optimizers import Optimizer
 
-from ..adagrad import Adagrad
+from ..configurable import Configurable
 
 # Where a thread waits for others, or hands a result on to them: it evaluates nothing meanwhile.
 POOLS = ("asyncio", "concurrent.futures")
 MODULES = ("threading", "queue", "selectors", "multiprocessing")
 FUNCTIONS = ("wait", "join", "_wait_for_tstate_lock", "acquire", "__enter__", "select", "get", "put", "_recv", "poll")
 ENTERS_WITH = ("BEFORE_WITH", "SETUP_WITH", "LOAD_SPECIAL")  # ``with lock:``, by version of Python
-PATIENCE = 0.1  # seconds in which a thread that is done gets to where it waits for more
+PATIENCE = 1.0  # seconds in which a thread gets to a lock that this one holds, or to where it waits for more work
+POLL = 0.002  # seconds between two looks
 
 
 @contextmanager
@@ -34,35 +36,38 @@ def between_steps(optimizer: Optimizer, what: str) -> Iterator[None]:
     Raises:
         RuntimeError: If another thread may be in the middle of a step, before the block or after it.
     """
-    others = [adagrad for adagrad in _adagrads(optimizer) if adagrad.updated_on not in (None, threading.get_ident())]
-    before = [adagrad.step for adagrad in others]
-    for adagrad in others:
-        _refuse_step(adagrad, what)
+    others = [part for part in _marked(optimizer) if part.updated_on not in (None, threading.get_ident())]
+    threads = dict.fromkeys(part.updated_on for part in others)
+    before = [part.step for part in others]
+    for thread in threads:
+        _refuse_step(thread, what)
     yield
-    for adagrad, step in zip(others, before, strict=True):
-        _refuse_step(adagrad, what, adagrad.step is not step)
+    stepped = any(part.step is not step for part, step in zip(others, before, strict=True))
+    for thread in threads:
+        _refuse_step(thread, what, stepped)
 
 
-def _refuse_step(adagrad: Adagrad, what: str, stepped: bool = False) -> None:
+def _refuse_step(thread: int, what: str, stepped: bool = False) -> None:
     end = time.monotonic() + PATIENCE
     while not stepped:
-        frame = sys._current_frames().get(adagrad.updated_on or 0)
+        frame = sys._current_frames().get(thread)
         if frame is None or _waits(frame):
             return
         if time.monotonic() > end:
             break
-        time.sleep(PATIENCE / 50)
-    named = (thread.name for thread in threading.enumerate() if thread.ident == adagrad.updated_on)
+        time.sleep(POLL)
+    named = (other.name for other in threading.enumerate() if other.ident == thread)
     why = f"'{next(named, 'another thread')}' updates this optimizer and may be in the middle of a step"
     raise RuntimeError(f"[checkpoint] {why}: {what}.")
 
 
-def _adagrads(optimizer: Any) -> Iterator[Adagrad]:
-    if isinstance(optimizer, Adagrad):
+def _marked(optimizer: Any) -> Iterator[Any]:
+    """The optimizers of this package in it, which know the thread that updates them."""
+    if isinstance(optimizer, Configurable):
         yield optimizer
     inner = getattr(optimizer, "optimizer", None)
     for part in (*getattr(optimizer, "optimizers", ()), *([] if inner is None else [inner])):
-        yield from _adagrads(part)
+        yield from _marked(part)
 
 
 def _waits(frame: FrameType) -> bool:
@@ -71,5 +76,7 @@ def _waits(frame: FrameType) -> bool:
         return True
     if any(module == name or module.startswith(f"{name}.") for name in MODULES):
         return frame.f_code.co_name in FUNCTIONS
+    if ".acquire(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+        return True
     at = frame.f_lasti
     return at >= 0 and opcode.opname[frame.f_code.co_code[at]] in ENTERS_WITH

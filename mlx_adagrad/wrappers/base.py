@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
@@ -171,6 +172,7 @@ class Wrapper(Configurable, Optimizer):
         if self._is_idle(gradients):
             return {}
         self._settle(parameters, gradients)
+        self._updated_on = get_ident()
         return self.apply_modified(gradients, parameters, UNMODIFIED)
 
     def flush(self, model_or_tree: Any) -> Any:
