@@ -279,6 +279,9 @@ class Adagrad(Configurable, Optimizer):
             return self.apply_single(*leaf[:2], state)
 
         try:
-            return [update(leaf, state) for leaf, state in zip(leaves, states, strict=True)]
+            try:
+                return [update(leaf, state) for leaf, state in zip(leaves, states, strict=True)]
+            finally:
+                self._in_progress = None
         finally:
-            self._in_progress = None
+            self._in_progress = None  # where the first was interrupted

@@ -1,43 +1,15 @@
 """An exception may come at any line of ``value_and_grad``: the next call works, on any thread."""
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-import mlx_adagrad
 from cases import bits
+from interrupt import Interrupt
 from mlx_adagrad import RowSparse, SparseEmbedding, value_and_grad
 from mlx_adagrad.sparse import look_ups
-
-PACKAGE = str(Path(mlx_adagrad.__file__).parent)
-
-
-class Interrupt:
-    """Notes the lines of the package that run on this thread, and raises a KeyboardInterrupt at one of them."""
-
-    def __init__(self, at=None):
-        self.at, self.lines = at, []
-
-    def __call__(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "line":
-            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
-            if len(self.lines) == self.at:
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
 
 
 class Model(nn.Module):
@@ -83,12 +55,10 @@ def test_an_exception_at_any_line_leaves_the_next_call_alone(loss, exportable):
             raise KeyboardInterrupt  # for the run that only counts
         return interrupt
 
-    lines = run(Interrupt()).lines
-    times = {line: at for at, line in reversed([*enumerate(lines, 1)])}  # the first time that each line runs
-    again = {line: at for at, line in enumerate(lines, 1)}  # and the last
-    assert len(times) > 50
+    places = run(Interrupt()).places()
+    assert len(places) > 50
     with ThreadPoolExecutor(1) as pool:
-        for at in sorted({*times.values(), *again.values()}):
+        for at in places:
             run(Interrupt(at))
             assert not look_ups._owners and not look_ups._calls() and not look_ups.differentiates_plainly(), at
             assert bits(model.parameters()) == weights, at

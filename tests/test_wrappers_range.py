@@ -1,5 +1,7 @@
 """The range of numbers: norms of all sizes, and guarded steps that leave nothing that is not finite."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -45,7 +47,8 @@ def test_norms_under_modifiers():
     gradients = tree(1e30)
     halves = Modifiers(scale=mx.array(0.5), low=mx.array(-1e27), high=mx.array(1e27))
     want = {key: np.clip(to_numpy(g) * 0.5, -1e27, 1e27) for key, g in gradients.items() if key != "hole"}
-    by_path = Modifiers(**{name: {(key,): getattr(halves, name) for key in want} for name in ("scale", "low", "high")})
+    named: Any = {name: {(key,): getattr(halves, name) for key in want} for name in ("scale", "low", "high")}
+    by_path = Modifiers(**named)
     for modifiers in (halves, by_path):
         norm = reductions.global_norm(gradients, modifiers).item()
         assert norm == pytest.approx(np.sqrt(sum((x**2).sum() for x in want.values())), rel=2e-6)

@@ -150,12 +150,15 @@ def _refuse_rows(optimizer: Optimizer, keys: Keys, g: Any) -> None:
 def _schedules_at(optimizer: Optimizer, calls: mx.array | None) -> Iterator[None]:
     """The optimizer's schedules see the number of calls and not its own step count."""
     schedules = optimizer._schedulers
-    if calls is not None:
-        optimizer._schedulers = {k: (lambda _, schedule=s: schedule(calls)) for k, s in schedules.items()}
     try:
-        yield
+        try:
+            if calls is not None:
+                optimizer._schedulers = {k: (lambda _, schedule=s: schedule(calls)) for k, s in schedules.items()}
+            yield
+        finally:
+            optimizer._schedulers = schedules
     finally:
-        optimizer._schedulers = schedules
+        optimizer._schedulers = schedules  # where the first was interrupted
 
 
 def _select(apply: mx.array, state: Any, before: Any) -> None:

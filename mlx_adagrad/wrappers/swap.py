@@ -28,12 +28,20 @@ def swapped(module: Module, average: Callable[[Any], Any]) -> Iterator[Swap]:
     """A context in which ``module`` holds ``average(weights)``; its own weights come back whatever happens."""
     own = module.trainable_parameters()
     swap = Swap(module, own, average(own))
-    _active.append(swap)
     try:
-        module.update(swap.averages)
-        yield swap
+        try:
+            _active.append(swap)
+            module.update(swap.averages)
+            yield swap
+        finally:
+            _end(swap)
     finally:
-        module.update(own)
+        _end(swap)  # where the first was interrupted
+
+
+def _end(swap: Swap) -> None:
+    if any(other is swap for other in _active):
+        swap.module.update(swap.own)
         _active[:] = [other for other in _active if other is not swap]
 
 
