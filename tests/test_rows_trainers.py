@@ -1,5 +1,6 @@
 """sparse_gradients: trainers that call nn.value_and_grad get ours, for as long as the context lasts."""
 
+import sys
 import threading
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from cases import assert_near, to_numpy
 from mlx_adagrad import Adagrad, RowSparse, SparseEmbedding, sparse_gradients, value_and_grad
+from mlx_adagrad.sparse import trainers
 from mlx_adagrad.wrappers import GradientAccumulation
 
 ROWS = 12
@@ -113,6 +115,40 @@ def test_it_ends_whatever_ends_it():
     assert decorated() and decorated() and is_stock()
 
 
+def test_an_interrupt_at_any_line_leaves_what_mlx_does():
+    """At each line of the way in and out; the next context ends as any other."""
+    lines = 0
+    while True:
+        left = [lines]
+
+        def interrupt(frame, event, _):
+            if frame.f_code.co_filename != trainers.__file__ or frame.f_code.co_name.startswith("_sparse"):
+                return None
+            if event == "line":
+                left[0] -= 1  # noqa: B023
+                if left[0] < 0:  # noqa: B023
+                    raise KeyboardInterrupt
+            return interrupt  # noqa: B023
+
+        sys.settrace(interrupt)
+        try:
+            with sparse_gradients():
+                pass
+            done = left[0] >= 0
+        except KeyboardInterrupt:
+            done = False
+        finally:
+            sys.settrace(None)
+        assert not is_sparse()
+        with sparse_gradients():
+            assert is_sparse()
+        assert is_stock()
+        if done:
+            break
+        lines += 1
+    assert lines > 10
+
+
 def test_contexts_may_be_nested_and_overlap():
     first, second = sparse_gradients(), sparse_gradients()
     with sparse_gradients():
@@ -174,7 +210,7 @@ def test_functions_stay_as_they_were_made():
 
 
 def test_mlx_lm_trains_with_them():
-    trainers = pytest.importorskip("mlx_lm.tuner.trainer")
+    mlx_lm = pytest.importorskip("mlx_lm.tuner.trainer")
 
     def run(model, optimizer, **options):
         class Examples:
@@ -186,10 +222,10 @@ def test_mlx_lm_trains_with_them():
                 for batch in batches(4):
                     yield batch, mx.array([[0, 4], [0, 4]])
 
-        args = trainers.TrainingArgs(
+        args = mlx_lm.TrainingArgs(
             batch_size=2, iters=6, val_batches=0, steps_per_report=100, steps_per_save=100, **options
         )
-        trainers.train(model, optimizer, Examples(), None, args, iterate_batches=iterate)
+        mlx_lm.train(model, optimizer, Examples(), None, args, iterate_batches=iterate)
         return model
 
     args: Any = {"adapter_file": None}

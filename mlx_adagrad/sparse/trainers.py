@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,8 @@ import mlx.nn.utils
 from .embedding import stock_value_and_grad, value_and_grad
 
 _HOLDERS: tuple[Any, ...] = (nn, mlx.nn.utils)
-_lock = threading.Lock()
-_before: list[Callable] = []  # what the holders had before the first context that is open; empty outside
-_open = 0
+_before: list[Callable] = [stock_value_and_grad] * len(_HOLDERS)  # what they had when ours was put in its place
+_open: set[object] = set()  # a token for each context; ours is MLX's function where there is none
 
 
 @contextmanager
@@ -31,9 +29,13 @@ def sparse_gradients() -> Iterator[None]:
     Raises:
         TypeError: In place of MLX's error, where a compiled step of the trainer takes a :class:`RowSparse`.
     """
-    _enter()
+    token = object()
     try:
-        yield
+        try:
+            _enter(token)
+            yield
+        finally:
+            _leave(token)
     except ValueError as error:
         if "received type" not in str(error) or "RowSparse" not in str(error):
             raise
@@ -43,28 +45,27 @@ def sparse_gradients() -> Iterator[None]:
             "it mlx_adagrad.wrappers.GradientAccumulation(optimizer, steps), which accumulates the same."
         ) from error
     finally:
-        _leave()
+        _leave(token)  # an interrupt may have come at any line of the first time
 
 
-def _enter() -> None:
-    global _open
-    with _lock:
-        if not _open:
-            _before[:] = [holder.value_and_grad for holder in _HOLDERS]
-            for holder in _HOLDERS:
-                holder.value_and_grad = _sparse_while_open
-        _open += 1
+# no lock, which an interrupt just before the end of its ``with`` would leave locked
 
 
-def _leave() -> None:
-    global _open
-    with _lock:
-        _open -= 1
-        if not _open:
-            for holder, before in zip(_HOLDERS, _before, strict=True):
-                if holder.value_and_grad is _sparse_while_open:  # else somebody else has put theirs in its place
-                    holder.value_and_grad = before
-            _before.clear()
+def _enter(token: object) -> None:
+    _open.add(token)
+    for i, holder in enumerate(_HOLDERS):
+        current = holder.value_and_grad  # read once: another thread may change it
+        if current is not _sparse_while_open:
+            _before[i] = current
+            holder.value_and_grad = _sparse_while_open
+
+
+def _leave(token: object) -> None:
+    _open.discard(token)
+    for i, holder in enumerate(_HOLDERS):
+        if holder.value_and_grad is _sparse_while_open:  # else somebody else has put theirs in its place
+            # asked and done in one statement: a context of another thread may begin
+            holder.value_and_grad = _sparse_while_open if _open else _before[i]
 
 
 def _sparse_while_open(model: nn.Module, fn: Callable) -> Callable:
