@@ -158,11 +158,15 @@ def test_a_run_that_dies_between_its_two_files_ends_as_the_run_that_never_stoppe
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
-def test_a_run_that_has_ended_can_become_longer(home, tmp_path, monkeypatch):
+def test_a_run_that_has_ended_can_become_longer(home, tmp_path, monkeypatch, capsys):
     """The validation at its end, which the longer run does not have there, draws no random number that counts."""
     run(written(tmp_path / "whole", home, iters=12), monkeypatch)
     run(written(tmp_path / "longer", home, iters=7), monkeypatch)
     run([*written(tmp_path / "longer", home, iters=12), "--resume"], monkeypatch)
+    assert files(tmp_path / "longer") == files(tmp_path / "whole")
+    capsys.readouterr()
+    run([*written(tmp_path / "longer", home, iters=7), "--resume"], monkeypatch)
+    assert "after iteration 12 of 7: nothing is left to do." in capsys.readouterr().out
     assert files(tmp_path / "longer") == files(tmp_path / "whole")
 
 

@@ -127,7 +127,9 @@ class Run:
         checkpoint.load(self.file, self.optimizer, self.model)
         self.batches.resume(notes["iterations"], notes["position"])
         self._check_ranks(notes["iterations"])
-        self._say(f"Resuming {self.file} after iteration {notes['iterations']} of {self.args.iters}.")
+        done, iters = notes["iterations"], self.args.iters
+        whole = ": nothing is left to do" if done >= iters else ""
+        self._say(f"Resuming {self.file} after iteration {done} of {iters}{whole}.")
         self._save_adapters(notes["iterations"])  # the run may have died between its two files
 
     def _check_ranks(self, iterations: int) -> None:
