@@ -15,6 +15,7 @@ import mlx.core as mx
 from .leaves import RESERVED
 from .trees import CONTAINERS, Keys, child, children, dotted, existing, find, is_absent, name, present, slot
 
+NOBODYS = "which belongs to no parameter"
 Path: TypeAlias = tuple[str, ...]  # the parts between the dots of MLX's strings
 
 
@@ -43,18 +44,18 @@ class Known:
     @cached_property
     def by_path(self) -> dict[Path, list[Keys]]:
         """The keys by their paths in MLX's strings."""
-        found: dict[Path, list[Keys]] = {}
+        grouped: dict[Path, list[Keys]] = {}
         for keys in self.arrays:
-            found.setdefault(_path(keys), []).append(keys)
-        return found
+            grouped.setdefault(_path(keys), []).append(keys)
+        return grouped
 
     @cached_property
     def misleading(self) -> set[Keys]:
         """The keys whose place in a list of MLX's is another than their number, since one beside them is negative."""
         paths = list(self.by_path)
         negative = {path[:i] for path in paths for i, part in enumerate(path) if _index(part).startswith("-")}
-        found = (path for path in paths if any(path[:i] in negative and _index(part) for i, part in enumerate(path)))
-        return {keys for path in found for keys in self.by_path[path]}
+        beside = (path for path in paths if any(path[:i] in negative and _index(part) for i, part in enumerate(path)))
+        return {keys for path in beside for keys in self.by_path[path]}
 
 
 class Before(Known):
@@ -78,20 +79,20 @@ class Slots:
         self.known = known
         self.roots = tuple(roots)
         self.state = {key: node for key, node in children(state) if key not in self.roots}
-        self.found: dict[Keys, Any] = {}
+        self.by_parameter: dict[Keys, Any] = {}
         self.unknown: dict[Keys, int] = {}  # the keys to an entry, and how many parameters it may be that of
         self.agrees = _agrees(self.state, known.tree)
-        self.moved = False
+        self.rearranged = False
         rest: list[tuple[Keys, Any]] = []
         for keys, value in _ends(self.state):
             above, entry = keys[:-1], keys[len(keys) - 1]
             if is_absent(value):
                 self._nested(keys)
             elif keys in known.arrays and self._stands(keys):  # where a dict of arrays should be
-                self.found[keys] = value
+                self.by_parameter[keys] = value
             elif above in known.arrays and self._stands(above):
                 node = find(self.state, above)
-                entries = self.found.setdefault(above, {} if isinstance(node, dict) else node)
+                entries = self.by_parameter.setdefault(above, {} if isinstance(node, dict) else node)
                 if isinstance(node, dict):
                     entries[entry] = value
             else:
@@ -109,17 +110,17 @@ class Slots:
 
     def _match(self, rest: list[tuple[Keys, Any]]) -> None:
         """Find by its path what is not where the parameters have it."""
-        exact = {*self.found}
+        exact = {*self.by_parameter}
         for keys, value in rest:
             while len(keys) > 1 and keys[-1] == "":  # of {"a": x, "a.b": y} MLX makes {"a": {"": x, "b": y}}
                 keys = keys[:-1]
             above, entry = keys[:-1], keys[len(keys) - 1]
             meant = [k for k in self.known.by_path.get(_path(above), ()) if k not in exact]
             meant = [k for k in meant if k not in self.known.misleading]
-            entries = self.found.setdefault(meant[0], {}) if len(meant) == 1 else None
+            entries = self.by_parameter.setdefault(meant[0], {}) if len(meant) == 1 else None
             if isinstance(value, mx.array) and entries is not None and entry not in entries:
                 entries[entry] = value
-                self.moved = True
+                self.rearranged = True
             elif not self._nested(keys):
                 self.unknown[keys] = len(meant)
 
@@ -128,28 +129,28 @@ class Slots:
         owner = next((keys[:i] for i in range(len(keys) - 1, 0, -1) if keys[:i] in self.known.arrays), None)
         if owner is None or not self._stands(owner) or not isinstance(find(self.state, owner), dict):
             return False
-        self.found.setdefault(owner, {})[keys[len(owner)]] = find(self.state, keys[: len(owner) + 1])
+        self.by_parameter.setdefault(owner, {})[keys[len(owner)]] = find(self.state, keys[: len(owner) + 1])
         return True
 
     def leftovers(self) -> list[Exception]:
         """What is nobody's, and what could be that of two parameters."""
         problems: list[Exception] = [leftover(dotted(keys), count) for keys, count in self.unknown.items()]
-        if self.known.gradients is None or not self.found:
+        if self.known.gradients is None or not self.by_parameter:
             return problems
         trained = {keys for keys, _ in present(self.known.gradients)}
         for path, several in self.known.by_path.items() if len(self.known.by_path) < len(self.known.arrays) else ():
-            with_state = [keys for keys in several if keys in self.found]
-            if len(several) > len(with_state) > 0 and any(k in trained for k in several if k not in self.found):
+            with_state = [keys for keys in several if keys in self.by_parameter]
+            if len(several) > len(with_state) > 0 and any(k in trained for k in several if k not in self.by_parameter):
                 what = f"the state has one '{'.'.join(path)}', as MLX's strings call {len(several)} parameters"
                 problems.append(ValueError(f"{what}: use checkpoint.save, or init for a new parameter."))
         return problems
 
     def tree(self, state: Any) -> Any:
         """``state`` in the shape of what is known; itself where it has that."""
-        if not self.moved and self.agrees:
+        if not self.rearranged and self.agrees:
             return state
         new: dict[str, Any] = {key: state[key] for key in self.roots if key in state}
-        for keys, entries in self.found.items():
+        for keys, entries in self.by_parameter.items():
             if isinstance(entries, dict):
                 slot(new, self.known.tree, keys).update(entries)
         return new
@@ -183,7 +184,7 @@ def leftover(path: str, count: int = 0) -> ValueError:
     """The refusal of state that belongs to no parameter, or may belong to several."""
     if count > 1:
         return ValueError(f"the state has '{path}', as MLX's strings call {count} parameters: use checkpoint.save.")
-    return ValueError(f"the state has '{path}', which belongs to no parameter.")
+    return ValueError(f"the state has '{path}', {NOBODYS}.")
 
 
 def _path(keys: Keys) -> Path:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.optimizers import Adafactor, Optimizer
 
 from .leaves import RESERVED, check_state
-from .matching import Before, Known, Slots, leftover
+from .matching import NOBODYS, Before, Known, Slots, leftover
 from .trees import CONTAINERS, FROZEN, child, children, dotted, fill, is_absent, old_name
 from .update.accumulators import COMPUTE_DTYPE, wide_dtype
 from .update.storage import KEYS, Storage
@@ -23,7 +23,7 @@ INTEGERS = (mx.uint64, mx.int64, mx.uint32, mx.int32)
 
 
 class Comparison(NamedTuple):
-    """What a comparison found.
+    """The outcome of a comparison.
 
     Args:
         tree: A part of the state.
@@ -51,25 +51,30 @@ def settle(optimizers: Iterable[Any], parameters: Any, gradients: Any = None) ->
         TypeError: If only one thing does not fit, which is of another type.
     """
     known = Known(parameters, gradients)
-    found = [(optimizer, _compared(optimizer, known)) for optimizer in optimizers]
+    compared = [(optimizer, _compared(optimizer, known)) for optimizer in optimizers]
     problems: list[tuple[str, Exception]] = []
-    for optimizer, comparison in found:
-        wrong = comparison.problems + ([] if gradients is None and not _moved(comparison) else comparison.leftovers)
+    for optimizer, comparison in compared:
+        strict = gradients is not None or _is_rearranged(comparison)
+        wrong = comparison.problems + (comparison.leftovers if strict else [])
         problems += [(type(optimizer).__name__, problem) for problem in wrong]
-    lines = [f"[{owner}] {problem}" for owner, problem in problems]
-    hint = f" ({FROZEN.capitalize()}.)" if any(comparison.leftovers for _, comparison in found) else ""
-    if len(problems) == 1:
-        raise type(problems[0][1])(lines[0] + hint)
     if problems:
-        raise ValueError("\n  ".join([f"[{problems[0][0]}] the state does not fit the parameters:", *lines]) + hint)
-    for optimizer, comparison in found:
-        if _moved(comparison):
+        raise _refusal(problems)
+    for optimizer, comparison in compared:
+        if _is_rearranged(comparison):
             fill(comparison.tree, comparison.new)
         if hasattr(optimizer, "_compared"):  # those of MLX make what is missing at the first step
             optimizer._initialized = not comparison.leftovers
 
 
-def _moved(comparison: Comparison) -> bool:
+def _refusal(problems: list[tuple[str, Exception]]) -> Exception:
+    lines = [f"[{owner}] {problem}" for owner, problem in problems]
+    hint = f" ({FROZEN.capitalize()}.)" if any(NOBODYS in line for line in lines) else ""
+    if len(problems) == 1:
+        return type(problems[0][1])(lines[0] + hint)
+    return ValueError("\n  ".join([f"[{problems[0][0]}] the state does not fit the parameters:", *lines]) + hint)
+
+
+def _is_rearranged(comparison: Comparison) -> bool:
     return comparison.new is not comparison.tree
 
 
@@ -80,13 +85,11 @@ def _compared(optimizer: Any, known: Known) -> Comparison:
 def restored(state: Any, before: Any) -> Any:
     """``state`` in the shape of the state before it, where it has the same paths; else as it is."""
     slots = Slots(state, Before(before))
-    fits = not slots.unknown and all(isinstance(entries, dict) for entries in slots.found.values())
+    fits = not slots.unknown and all(isinstance(entries, dict) for entries in slots.by_parameter.values())
     return slots.tree(state) if fits else state
 
 
-def compare(
-    state: dict[str, Any], known: Known, storage: Storage, schedules: Iterable[str], extra: bool
-) -> Comparison:
+def compare(state: dict[str, Any], known: Known, storage: Storage, schedules: Iterable[str], extra: bool) -> Comparison:
     """Compare the state of an Adagrad, but for its groups.
 
     Args:
@@ -98,7 +101,7 @@ def compare(
     """
     problems = [*_roots(state, ("step", "learning_rate"))]
     slots = Slots(state, known, (*RESERVED, *schedules))
-    for keys, entries in slots.found.items():
+    for keys, entries in slots.by_parameter.items():
         if known.arrays[keys].dtype in COMPUTE_DTYPE:  # MLX's own makes state for integers too
             problems += _entry_problems(storage, known.arrays[keys], entries, dotted(keys), extra)
     new = slots.tree(state)
@@ -125,12 +128,13 @@ def _entry_problems(storage: Storage, w: mx.array, entries: Any, path: str, extr
 def compare_stock(optimizer: Optimizer, known: Known) -> Comparison:
     """Compare the state of an optimizer of MLX with what it would make itself."""
     state: Any = optimizer.state
-    own = [key for key, value in state.items() if not isinstance(value, CONTAINERS) and child(known.tree, key) is None]
-    slots = Slots(state, known, {"step", "learning_rate", *own})
+    single = [key for key, value in state.items() if not isinstance(value, CONTAINERS)]
+    roots = {"step", "learning_rate", *(key for key in single if child(known.tree, key) is None)}
+    slots = Slots(state, known, roots)
     stock = type(optimizer).__module__.startswith("mlx.optimizers")  # and not one of the user's
     rate = ("learning_rate",) if stock and not isinstance(optimizer, Adafactor) else ()  # which needs none
     problems = [*_roots(state, ("step", *rate))]
-    for keys, entries in slots.found.items():
+    for keys, entries in slots.by_parameter.items():
         problems += _stock_problems(optimizer, known.arrays[keys], entries, dotted(keys), stock)
     return Comparison(state, slots.tree(state), problems, slots.leftovers())
 
@@ -167,16 +171,16 @@ def _kind(array: mx.array) -> mx.DtypeCategory:
     return next((kind for kind in kinds if mx.issubdtype(array.dtype, kind)), mx.generic)
 
 
-def compare_own(own: dict[str, Any], fresh: dict[str, Any], known: Known) -> Comparison:
-    """Compare a wrapper's own entries.
+def compare_entries(tree: dict[str, Any], fresh: dict[str, Any], known: Known) -> Comparison:
+    """Compare the entries that a wrapper has for itself.
 
     Args:
-        own: The entries.
+        tree: The entries.
         fresh: What they are before the first step: a dict for what goes with parameters.
         known: The parameters.
     """
-    new, problems, leftovers = dict(own), [], []
-    for key, entries in own.items():
+    new, problems, leftovers = dict(tree), [], []
+    for key, entries in tree.items():
         if not isinstance(fresh.get(key), dict) or not entries:
             continue
         renamed = new[key] = with_names(entries, known.names)
@@ -186,11 +190,11 @@ def compare_own(own: dict[str, Any], fresh: dict[str, Any], known: Known) -> Com
                 leftovers.append(leftover(f"{key}{name}"))
             else:
                 rows = key == "gradients"
-                problems += _own_problems(f"{key!r} of '{dotted(keys)}'", value, known.arrays[keys], rows)
-    return Comparison(own, own if all(new[key] is own[key] for key in own) else new, problems, leftovers)
+                problems += _wrapper_problems(f"{key!r} of '{dotted(keys)}'", value, known.arrays[keys], rows)
+    return Comparison(tree, tree if all(new[key] is tree[key] for key in tree) else new, problems, leftovers)
 
 
-def _own_problems(what: str, value: Any, w: mx.array, rows: bool) -> Iterator[Exception]:
+def _wrapper_problems(what: str, value: Any, w: mx.array, rows: bool) -> Iterator[Exception]:
     if rows and isinstance(value, dict | list) and _is_row_sum(value):
         for part in value if isinstance(value, list) else [value]:
             shape = part["values"].shape[part["indices"].ndim :]

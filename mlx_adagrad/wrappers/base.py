@@ -15,7 +15,7 @@ from ..checks import shown
 from ..configurable import Configurable
 from ..matching import Known
 from ..rates import LearningRate
-from ..state_checks import Comparison, compare_own, flat_entries, restored, settle, with_names
+from ..state_checks import Comparison, compare_entries, flat_entries, restored, settle, with_names
 from ..trees import existing, fill
 from ..update.modifiers import UNMODIFIED, Modifiers
 from ..update.tracing import evaluate
@@ -41,7 +41,7 @@ class Wrapper(Configurable, Optimizer):
     # whether it asks for the norms of gradients
     needs_norms = False
 
-    _order: dict[str, list[str]] = {}  # the order that own entries had, until all of them are there again
+    _order: dict[str, dict[str, None]] = {}  # the order that own entries had, until all of them are there again
 
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Optimizer):
@@ -81,7 +81,7 @@ class Wrapper(Configurable, Optimizer):
     def state(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         _assign(self.optimizer, state["inner"])
-        self._order = {key: list(entries) for key, entries in self._own.items() if isinstance(entries, dict)}
+        self._order = {key: dict.fromkeys(entries) for key, entries in self._own.items() if isinstance(entries, dict)}
         fill(self._own, {**self._fresh(), **self._own_of(state)})
         self._state["inner"] = self.optimizer.state
         self._initialized = False
@@ -102,7 +102,7 @@ class Wrapper(Configurable, Optimizer):
         check_own(self._name, self._own_of(state), self._fresh(), self._own)
 
     def _compared(self, known: Known) -> Comparison:
-        return compare_own(self._own, self._fresh(), known)
+        return compare_entries(self._own, self._fresh(), known)
 
     @property
     def step(self) -> mx.array:
@@ -207,13 +207,14 @@ class Wrapper(Configurable, Optimizer):
 
     def _in_order(self, key: str) -> None:
         """Put entries that were made again to where they were before others were assigned; see ``fill``."""
-        order, entries = self._order.get(key, []), self._own[key]
-        if order:
-            present = [name for name in order if name in entries]
-            ordered = {name: entries[name] for name in [*present, *(name for name in entries if name not in order)]}
-            entries.clear()
-            entries.update(ordered)
-        if all(name in entries for name in order):
+        order, entries = self._order.get(key), self._own[key]
+        if order is None:
+            return
+        there = [name for name in order if name in entries]
+        ordered = {name: entries[name] for name in [*there, *(name for name in entries if name not in order)]}
+        entries.clear()
+        entries.update(ordered)
+        if len(there) == len(order):
             self._order = {other: names for other, names in self._order.items() if other != key}
 
     def _keep(self, modifiers: Modifiers, **values: mx.array) -> None:
