@@ -15,7 +15,7 @@ import mlx.optimizers as stock
 import numpy as np
 
 import mlx_adagrad
-from mlx_adagrad.update.ops import IN_PLACE_ELEMENTS
+from mlx_adagrad.update.streams import IN_PLACE_ELEMENTS
 from report import has_torch, on_gpu
 from timing import Step
 

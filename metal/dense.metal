@@ -15,7 +15,8 @@ for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_p
     float weight = float(w[at_w]);
     float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[at_g]), s);
     float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
-    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
+    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
+        weight, gradient, total, s);
     new_weights[i] = s.apply ? static_cast<W>(updated) : w[at_w];
 #ifndef V_MODE
     new_accumulator[i] = s.apply ? static_cast<V>(total) : static_cast<V>(v[at_v]);

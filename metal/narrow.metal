@@ -19,7 +19,8 @@ for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_p
     float weight = COMPENSATED ? float(w[at_w]) + float(rest[at_rest]) : float(w[at_w]);
     float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[at_g]), s);
     float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
-    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
+    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
+        weight, gradient, total, s);
     W rounded = adagrad_weight<W, STOCHASTIC>(updated, number, key[0], key[1]);
     if (COMPENSATED) {
       new_rest[i] = acts ? adagrad_rest(updated, rounded) : rest[at_rest];

@@ -20,7 +20,8 @@ for (uint k = 0; k < N; ++k) {
     float weight = COMPENSATED ? float(w[i]) + float(rest[i]) : float(w[i]);
     float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[i]), s);
     totals[k] = adagrad_accumulate<UPDATE_ACCUMULATOR>(adagrad_decoded(v[i], exponent), gradient);
-    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, totals[k], s);
+    float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
+        weight, gradient, totals[k], s);
     W rounded = adagrad_weight<W, STOCHASTIC>(updated, number + j, key[0], key[1]);
     if (COMPENSATED) {
       new_rest[i] = acts ? adagrad_rest(updated, rounded) : rest[i];

@@ -24,7 +24,8 @@ for (ulong column = lane; column < columns; column += threads_per_grid.x) {
   ulong i = row * columns + column;
   float weight = COMPENSATED ? float(w[i]) + float(rest[i]) : float(w[i]);
   float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[i]), s);
-  float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, total, s);
+  float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
+        weight, gradient, total, s);
   W rounded = adagrad_weight<W, STOCHASTIC>(updated, number * uint(columns) + uint(column), key[0], key[1]);
   if (COMPENSATED) {
     new_rest[i] = acts ? adagrad_rest(updated, rounded) : rest[i];

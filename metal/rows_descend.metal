@@ -15,7 +15,8 @@ if (acts) {
   float accumulator = float(v[ROW_WISE ? row : row * columns + column]);
   weight = COUPLED || DECOUPLED || !ADD_W ? float(w_rows[origin]) : 0.0f;
   float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g[head * columns + column], s);
-  updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO>(weight, gradient, accumulator, s);
+  updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
+        weight, gradient, accumulator, s);
 }
 if (ADD_W) {
   new_w[i] = static_cast<W>(acts ? updated - weight : -0.0f);

@@ -12,8 +12,9 @@ struct AdagradScalars {
   bool apply;
 };
 
-// rule.SMALLEST_NORMAL: stands in for a v of 0, and so keeps 0/0 out of the update.
+// rule.SMALLEST_NORMAL: a v below it counts as 0, whether or not the GPU flushes denormals; and rule.STAND_IN.
 constant constexpr float ADAGRAD_SMALLEST_NORMAL = 1.17549435e-38f;
+constant constexpr float ADAGRAD_STAND_IN = 5.16987883e-26f;
 
 // The gradient that Adagrad squares: unscaled, clipped, turned round for maximize, then decayed.
 template <bool MAXIMIZE, bool COUPLED, bool SCALED, bool CLIPPED>
@@ -40,22 +41,24 @@ inline float adagrad_accumulate(float v, float g) {
   return UPDATE_ACCUMULATOR ? v + g * g : v;
 }
 
-// sqrt(v) + eps or sqrt(v + eps); infinite where both are 0, which makes the update 0.
-template <bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO>
-inline float adagrad_denominator(float v, const thread AdagradScalars& s) {
+// g / (sqrt(v) + eps) or g / sqrt(v + eps); 0 where eps and v are both 0, but a NaN stays one.
+template <bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO, bool UPDATE_ACCUMULATOR>
+inline float adagrad_divided(float g, float v, const thread AdagradScalars& s) {
   if (EPS_INSIDE_SQRT) {
     v = v + s.eps;
   }
-  if (EPS_IS_ZERO && v == 0.0f) {
-    return INFINITY;
+  bool none = v < ADAGRAD_SMALLEST_NORMAL;
+  if (EPS_IS_ZERO) {
+    return none ? g - g : g / metal::precise::sqrt(v);
   }
-  float root = metal::precise::sqrt(v == 0.0f ? ADAGRAD_SMALLEST_NORMAL : v);
-  return EPS_INSIDE_SQRT ? root : root + s.eps;
+  float stand_in = UPDATE_ACCUMULATOR ? ADAGRAD_STAND_IN : ADAGRAD_SMALLEST_NORMAL;
+  float root = metal::precise::sqrt(none ? stand_in : v);
+  return g / (EPS_INSIDE_SQRT ? root : root + s.eps);
 }
 
-// w - lr g / denominator(v), for the gradient of adagrad_gradient and the v that already holds its square.
-template <bool DECOUPLED, bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO>
+// w - lr g / (sqrt(v) + eps), for the gradient of adagrad_gradient and the v that already holds its square.
+template <bool DECOUPLED, bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO, bool UPDATE_ACCUMULATOR>
 inline float adagrad_descend(float w, float g, float v, const thread AdagradScalars& s) {
   float decayed = DECOUPLED ? w - s.lr * s.weight_decay * w : w;
-  return decayed - s.lr * g / adagrad_denominator<EPS_INSIDE_SQRT, EPS_IS_ZERO>(v, s);
+  return decayed - adagrad_divided<EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(s.lr * g, v, s);
 }

@@ -32,7 +32,7 @@ from cases import (
     to_numpy,
 )
 from mlx_adagrad import Adagrad, Dense, RowWise
-from mlx_adagrad.update import ops, streams
+from mlx_adagrad.update import streams
 from mlx_adagrad.update.modifiers import Modifiers
 from mlx_adagrad.update.rule import Rule, Scalars
 from mlx_adagrad.update.streams import StreamScheduler
@@ -82,7 +82,7 @@ def test_every_shape_keeps_shape_and_dtype(shape, dtype):
         assert_near(got_w, adagrad(to_numpy(w), [to_numpy(g) for g in gradients])[-1][0], dtype)
 
 
-@pytest.mark.parametrize("size", [streams.PARALLEL_ELEMENTS, ops.IN_PLACE_ELEMENTS], ids=["streams", "in place"])
+@pytest.mark.parametrize("size", [streams.PARALLEL_ELEMENTS, streams.IN_PLACE_ELEMENTS], ids=["streams", "in place"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_large_tensors_take_other_ways_to_the_same_numbers(size, dtype):
     rng = np.random.default_rng(0)
@@ -105,8 +105,8 @@ def test_large_tensors_take_other_ways_to_the_same_numbers(size, dtype):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_v_in_half_precision_is_rounded_after_the_update(dtype, accumulator, monkeypatch):
     w, g = mx.zeros((4, 6), dtype), mx.full((4, 6), 1e-4, dtype)  # g² is 0 in fp16
-    for size in (ops.IN_PLACE_ELEMENTS, 1):
-        monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", size)
+    for size in (streams.IN_PLACE_ELEMENTS, 1):
+        monkeypatch.setattr(streams, "IN_PLACE_ELEMENTS", size)
         optimizer = Adagrad(0.1, accumulator=accumulator)
         assert_near(optimizer.apply_gradients({"w": g}, {"w": w})["w"], np.full((4, 6), -0.1), dtype)
 
@@ -183,7 +183,7 @@ def test_transformations_of_an_update_in_place(transform, tracer, cpu, monkeypat
 
     x = mx.array(np.random.default_rng(0).normal(size=(23, 3)), mx.float32)
     want = transform(step, x)
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 1)
+    monkeypatch.setattr(streams, "IN_PLACE_ELEMENTS", 1)
     assert mx.allclose(transform(step, x), want, rtol=1e-6, atol=0)
 
 
@@ -199,7 +199,7 @@ def test_a_gpu_gets_whole_tensors_on_one_stream(monkeypatch):
 @pytest.mark.parametrize("in_place", [False, True], ids=["one pass", "in place"])
 def test_a_step_on_several_streams_can_be_exported(in_place, cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
-    monkeypatch.setattr(ops, "IN_PLACE_ELEMENTS", 20 if in_place else 1000)
+    monkeypatch.setattr(streams, "IN_PLACE_ELEMENTS", 20 if in_place else 1000)
     arrays = [mx.ones((23, 2)), mx.ones((3, 2)), mx.ones((4,))]
 
     def step(*parameters):

@@ -12,12 +12,8 @@ from .accumulators import COMPUTE_DTYPE, HALF, Dense, RowWise
 from .batches import Batch, KnownSets, split
 from .compiled import compiled
 from .rule import Form, Scalars
-from .streams import PARALLEL_ELEMENTS, StreamScheduler
+from .streams import PARALLEL_ELEMENTS, StreamScheduler, in_place
 
-# From here on (32 MiB of fp32) two single-output functions win over one function of two outputs: a primitive with one
-# output writes into its input's buffer, while glibc maps allocations of this size afresh each time (measured on Linux
-# x86-64, MLX 0.32.4: at 8.0M elements 18 ms in one pass and 26 in place, at 8.5M 45 and 22).
-IN_PLACE_ELEMENTS = 2**23
 
 class Functions:
     """The update of one (form, accumulator, dtype of v), compiled: in one function, or in two that run in place."""
@@ -73,7 +69,7 @@ class Functions:
             return self._real_update(w, g, v, scalars)
 
     def _real_update(self, w: mx.array, g: mx.array, v: mx.array, scalars: Scalars) -> tuple[mx.array, mx.array]:
-        if w.size < IN_PLACE_ELEMENTS or self.rounds:
+        if self.rounds or not in_place(w.size):
             return self.both(w, g, v, scalars)
         v = self.accumulate(w, g, v, scalars)
         return self.descend(w, g, v, scalars), v

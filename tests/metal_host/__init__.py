@@ -2,7 +2,8 @@
 
 What it proves: the source compiles with real address spaces, its arithmetic, its bounds, its races, which
 elements it writes and how many bytes it moves. What it cannot tell: speed, what only Apple's compiler
-refuses, and exact rounding (Apple may fuse a multiplication and an addition, and may flush denormal numbers).
+refuses, and exact rounding: Apple may fuse a multiplication and an addition, and flushes denormal numbers, which
+`HostMetal(contract=True)` and `HostMetal(flush=True)` do here.
 """
 
 from .errors import HostError

@@ -56,11 +56,15 @@ class HostMetal:
     Args:
         seed (int): Decides the order in which threads run. Default: ``0``.
         check (bool): Check and count every load and store of a kernel. Default: ``True``.
+        flush (bool): Flush denormal numbers to 0, as Apple's GPUs do. Default: ``False``.
+        contract (bool): Fuse multiplications and additions, as Apple's compiler may. Default: ``False``.
     """
 
-    def __init__(self, seed: int = 0, check: bool = True):
+    def __init__(self, seed: int = 0, check: bool = True, flush: bool = False, contract: bool = False):
         self.seed = seed
         self.check = check
+        self.flush = flush
+        self.contract = contract
         self.launches: list[Launch] = []
         self.traces = 0  # by compiled functions
 
@@ -220,9 +224,9 @@ class HostKernel:
     def _run(self, call: _Call, source: str, signature: Signature) -> list[mx.array]:
         arena = Arena(self._blocks(call, signature))
         host = self._host
-        dispatch = HostDispatch(call.grid, call.threadgroup, host.seed * 0x10001 + len(host.launches))
+        dispatch = HostDispatch(call.grid, call.threadgroup, host.seed * 0x10001 + len(host.launches), 0, host.flush)
         message = ctypes.create_string_buffer(1024)
-        library = toolchain.load(for_clang(source, signature), host.check)
+        library = toolchain.load(for_clang(source, signature), host.check, host.contract)
         failed = library.host_run(
             arena.table, len(arena.blocks), ctypes.byref(dispatch), message, ctypes.c_size_t(len(message))
         )

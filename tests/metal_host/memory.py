@@ -37,6 +37,7 @@ class HostDispatch(ctypes.Structure):
         ("group", ctypes.c_uint32 * 3),
         ("seed", ctypes.c_uint64),
         ("most_loads", ctypes.c_uint64),
+        ("flush", ctypes.c_uint64),
     ]
 
 

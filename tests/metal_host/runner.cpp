@@ -125,6 +125,27 @@ void run_plain() {
 
 }  // namespace
 
+// Sets the processor to flush denormal numbers, read and computed, and back.
+class Flushed {
+ public:
+  explicit Flushed(bool flush) : before(get()) {
+    if (flush) set(before | FLUSH);
+  }
+  ~Flushed() { set(before); }
+
+ private:
+#ifdef __x86_64__
+  static constexpr uint64_t FLUSH = 0x8040;
+  static uint64_t get() { return __builtin_ia32_stmxcsr(); }
+  static void set(uint64_t bits) { __builtin_ia32_ldmxcsr(uint32_t(bits)); }
+#else
+  static constexpr uint64_t FLUSH = 1 << 24;
+  static uint64_t get() { return __builtin_aarch64_get_fpcr(); }
+  static void set(uint64_t bits) { __builtin_aarch64_set_fpcr(uint32_t(bits)); }
+#endif
+  uint64_t before;
+};
+
 extern "C" int host_run(Buffer* buffers, int count, Dispatch* how, char* text, size_t size) {
   message = text, message_size = size;
   dispatch = how, random_state = how->seed, now = nullptr;
@@ -132,6 +153,7 @@ extern "C" int host_run(Buffer* buffers, int count, Dispatch* how, char* text, s
   for (int i = 0; i < count; ++i) pointers.push_back(buffers[i].pointer);
   plain.stack_top = static_cast<const char*>(__builtin_frame_address(0));
   watch(buffers, count);
+  Flushed flushed(how->flush);
   if (setjmp(stop)) return 1;
   if (run_groups) run_groups();
   else run_plain();

@@ -19,6 +19,7 @@ struct Dispatch {  // mirrored by ctypes in memory.py
   uint32_t grid[3], group[3];
   uint64_t seed;
   uint64_t most_loads;  // out: of one thread, counted by element
+  uint64_t flush;       // whether denormal numbers are flushed to 0, as Apple's GPUs do
 };
 
 struct Thread {

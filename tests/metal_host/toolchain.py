@@ -55,9 +55,9 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def load(source: str, checked: bool) -> ctypes.PyDLL:
+def load(source: str, checked: bool, contracted: bool = False) -> ctypes.PyDLL:
     """The library that runs this source (as `source.for_clang` made it), built if it is not yet on disk."""
-    flags = [*_LANGUAGE, *_machine(), *(_CHECKS if checked else [])]
+    flags = [*_LANGUAGE, *_machine(), *(_CHECKS if checked else []), *(_contracting() if contracted else [])]
     file = cache_folder() / f"{_digest(source, flags, _version(), _texts(_PRELUDE), _texts(_RUNNER))}.so"
     if not file.exists():
         _build(source, flags, file)
@@ -105,6 +105,11 @@ def _clang() -> list[str]:
     if package is None or package.origin is None:
         raise HostError("PyPI's ziglang is needed to compile kernels")
     return [str(Path(package.origin).parent / "zig"), "clang"]
+
+
+def _contracting() -> list[str]:
+    """a * b + c in one rounding wherever the source has it, as Metal's default math mode allows."""
+    return ["-ffp-contract=fast", *(["-mfma"] if platform.machine() == "x86_64" else [])]
 
 
 def _machine() -> list[str]:
