@@ -1,4 +1,4 @@
-"""The optimizer: argument checks, state, and the choice between a kernel and operations for each tensor."""
+"""The optimizer: its arguments, and one call from the gradients to the updated parameters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from threading import get_ident
 from typing import Any
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
 
-from . import checks, rates
-from .configurable import Configurable
+from . import checks
 from .dispatch import Dispatch, Options
 from .distributed.sharding import LastCuts
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect
 from .matching import Known
 from .rates import LearningRate
-from .state import State
-from .state_checks import Comparison, compare, restored, settle
+from .settings import Settings
+from .state_checks import Comparison, compare, settle
 from .trees import Keys, optimizable
 from .update.accumulators import Dense, RowWise
 from .update.modifiers import UNMODIFIED, Modifiers
@@ -26,7 +24,7 @@ from .update.rule import Rule
 from .update.step import Step
 
 
-class Adagrad(Configurable, Optimizer):
+class Adagrad(Settings):
     r"""The Adagrad optimizer [1], a drop-in for :class:`mlx.optimizers.Adagrad` that stays right in half precision.
 
     At step :math:`t = 1, 2, \dots`, with :math:`g \leftarrow -g` first if ``maximize``:
@@ -89,7 +87,6 @@ class Adagrad(Configurable, Optimizer):
     gradient. From torch's: a gradient of 0 never gives NaN, and one step count serves all parameters.
     """
 
-    rounding = "nearest"  # of optimizers pickled before there was a choice
     _cuts = LastCuts()
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
@@ -138,69 +135,6 @@ class Adagrad(Configurable, Optimizer):
         groups = rule if isinstance(rule, Groups) else Groups(rule)
         optimizer._setup(learning_rate, Options.checked(accumulator, groups, None, False, lazy))
         return optimizer
-
-    def _setup(self, learning_rate: LearningRate, options: Options, seed: int | None = None) -> None:
-        rate = rates.parse("Adagrad", "learning_rate", learning_rate)
-        super().__init__()
-        self.rule = options.groups.default
-        self.accumulator, self.groups = options.accumulator, options.groups
-        self.fused, self.differentiable, self.lazy = options.fused, options.differentiable, options.lazy
-        self.rounding = options.rounding
-        self._bookkeeping.set_rate(rate)
-        self._bookkeeping.set_seed(seed)
-        self.groups.states(self.state)
-
-    @property
-    def _options(self) -> Options:
-        return Options(self.accumulator, self.groups, self.fused, self.differentiable, self.lazy, self.rounding)
-
-    @property
-    def _bookkeeping(self) -> State:
-        return State(self.state, self._schedulers, self.groups, self.init_single, self._options.storage)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The state: ``step``, ``learning_rate`` and a ``v`` for each parameter; always the same dict.
-
-        Assigning a tree fills this dict in place, so that a compiled step that has captured it goes on from there.
-        """
-        return self._state
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict):
-            raise TypeError(f"[Adagrad] 'state' must be a dict but got {type(state).__name__}.")
-        self._initialized = False
-        if state is not self._state:
-            self._bookkeeping.replace(restored(state, self._state))
-        self._bookkeeping.restore_mark()
-
-    @property
-    def eps(self) -> float:
-        """The term in the denominator, as :class:`mlx.optimizers.Adagrad` names it."""
-        return self.rule.eps
-
-    @property
-    def learning_rate(self) -> mx.array:
-        """The learning rate of the last step, 0-d fp32; settable to whatever the constructor takes, which then holds
-        in place of a schedule too.
-        """
-        return self.state["learning_rate"]
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: LearningRate) -> None:
-        self._bookkeeping.set_rate(rates.parse(self.rule.owner, "learning_rate", learning_rate))
-
-    def add_group(self, group: dict[str, Any]) -> None:
-        """Append a parameter group, also for parameters not seen before; an entry of the constructor's ``groups``."""
-        self._bookkeeping.add_group(group)
-
-    def set_group(self, index: int, **options: Any) -> None:
-        """Change options of group ``index``, any that a group may have (``lr``, ``weight_decay``, ...): all or none.
-
-        A compiled step takes them up too: a new number for ``lr`` as it is, anything else by being traced once more.
-        """
-        self._bookkeeping.set_group(index, options)
 
     def _compared(self, known: Known) -> Comparison:
         extra = type(self).init_single is not Adagrad.init_single
