@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +22,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx_lm import load, lora
 from mlx_lm.tuner import trainer
+from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import tiny_models
-from mlx_adagrad import Adagrad, SparseEmbedding
+from mlx_adagrad import Adagrad, SparseEmbedding, checkpoint
 from mlx_adagrad.lm import __main__ as command
 from mlx_adagrad.lm import known, run_file, train
 
@@ -358,6 +361,26 @@ def test_without_a_saved_run_it_starts_but_never_over_other_adapters(home, tmp_p
     with pytest.raises(SystemExit, match="has no resume.safetensors beside it to resume: load its weights with"):
         run([*written(tmp_path / "a", home, iters=2), "--resume"], monkeypatch)
     assert files(tmp_path / "a") == before
+
+
+def test_a_callback_saves_a_run_of_mlx_lm_itself(home, tmp_path):
+    """The adapters, the optimizer and the random state; the base is not in the file."""
+    base: Any = load(str(home / "llama-4bit"))
+    model, tokenizer = base
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 2, "dropout": 0.2, "scale": 10.0})
+    optimizer = Adagrad(0.02)
+    sets = load_dataset(SimpleNamespace(data=home / "data", train=True, test=False), tokenizer)
+    args = trainer.TrainingArgs(
+        iters=5, steps_per_report=2, max_seq_length=64, adapter_file=str(tmp_path / "adapters.safetensors")
+    )
+    callback = checkpoint.Callback(tmp_path / "run.safetensors", optimizer, model, every=2)
+    trainer.train(model, optimizer, CacheDataset(sets[0]), args=args, training_callback=callback)
+    saved, adapters = loaded(tmp_path / "run.safetensors"), loaded(tmp_path / "adapters.safetensors")
+    trained = {name.removeprefix("model."): w for name, w in saved.items() if name.startswith("model.")}
+    assert trained.keys() == adapters.keys() and {name.rsplit(".")[-1] for name in trained} == {"lora_a", "lora_b"}
+    assert callback.resume() == 4
+    assert equal(trained, dict(tree_flatten(model.trainable_parameters()))) and optimizer.step.item() == 4
 
 
 def test_train_itself_starts_over_nothing(tmp_path):
