@@ -82,6 +82,8 @@ class Adagrad(Settings):
             ``v`` starts from 0.
         TypeError: For what is no number (a bool is none), no bool or no accumulator.
 
+    A number may also be one of numpy or an array of one element.
+
     Differs from :class:`mlx.optimizers.Adagrad`: :math:`v` is fp32 for half-precision parameters and the result keeps
     the parameter's dtype whatever the gradient's; state is made from the parameters, and only where there is a
     gradient. From torch's: a gradient of 0 never gives NaN, and one step count serves all parameters.

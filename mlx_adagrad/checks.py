@@ -1,7 +1,7 @@
 """Argument checks shared by every constructor: one wording, made before anything changes.
 
 A number may be Python's, numpy's, or an array of one element of MLX or numpy; a bool is never taken for one. What is
-wrong is shown by :func:`shown`, which keeps a whole parameter tree given by mistake out of the message.
+wrong is shown by :func:`shown`: a whole parameter tree, given by mistake, does not fill the message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every optimizer of this package has besides the interface of ``mlx.optimizers``, wrapped or not."""
+"""What every optimizer of this package has in addition to the interface of ``mlx.optimizers``, wrapped or not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from . import checks
 
 
 class Configurable:
-    """Mixin: the call of :mod:`mlx_adagrad.presets` that made an optimizer, and what whole-run features offer, as it is
-    without them.
+    """Mixin: the config of an optimizer, and the methods that wrappers add, as they are without any wrapper: a training
+    loop may call them on every optimizer of this package.
     """
 
     _recipe: Any = None

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameter takes which rule, and the learning rates that groups have of their own."""
+"""Parameter groups: which parameter takes which rule, and the learning rate of each group that was given one."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Groups:
         return self._with(Group((), replace(self.default, owner=owner), None), entry, self.groups)
 
     def with_options(self, index: int, options: dict[str, Any]) -> tuple[int, Group]:
-        """The index, counted from 0, and group ``index`` with these options in place of its own, not yet put there.
+        """The index, counted from 0, and what group ``index`` would be with these options; :meth:`put` makes it so.
 
         Raises:
             ValueError: If there is no such group, or for an option as the constructor does.

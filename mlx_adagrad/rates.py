@@ -68,7 +68,7 @@ def _schedule(owner: str, name: str, function: Callable[..., Any]) -> Schedule:
 
 @dataclass(frozen=True)
 class CheckedSchedule:
-    """A schedule whose result is checked; ``given`` is the callable that the user gave, with the step or without."""
+    """A schedule whose result is checked; ``given`` is the user's callable, of the step or without arguments."""
 
     owner: str
     name: str
@@ -88,7 +88,7 @@ def is_keras_schedule(value: Any) -> bool:
 
 
 def takes_step(function: Callable[..., Any]) -> bool:
-    """Whether ``function`` takes the step; a Keras-style callable takes nothing, or nothing without a default."""
+    """Whether ``function`` takes the step: Keras's callables have no argument, or only some with a default."""
     try:
         signature = inspect.signature(function)
         signature.bind(None)

@@ -45,11 +45,11 @@ Entry = tuple[dict[str, Any], str, mx.array]
 
 
 class State(NamedTuple):
-    """Reads and writes the state of an optimizer; made anew for each call, it holds nothing of its own.
+    """Reads and writes the state of an optimizer; made for each call, it stores nothing itself.
 
     Args:
         tree: The state.
-        schedules: Schedules of the optimizer's own hyperparameters, by their key in the state.
+        schedules: Schedules of the optimizer's hyperparameters, by their key in the state.
         groups: The parameter groups, which may have schedules too.
         init_single: Fills the empty state of one parameter.
         storage: How weights and state are kept.
@@ -83,18 +83,18 @@ class State(NamedTuple):
     def add_group(self, entry: dict[str, Any]) -> None:
         """Append a group, or raise and change nothing."""
         group = self.groups.parsed(entry)
-        own = self._rate_entry(group)
+        rate = self._rate_entry(group)
         self.groups.append(group)
-        self.groups.states(self.tree)[-1].update(own)
+        self.groups.states(self.tree)[-1].update(rate)
         self.mark_changed()
 
     def set_group(self, index: int, options: dict[str, Any]) -> None:
         """Give a group other options, or raise and change nothing."""
         index, group = self.groups.with_options(index, options)
-        own = self._rate_entry(group)
+        rate = self._rate_entry(group)
         entry = self.groups.states(self.tree)[index]
         entry.pop("learning_rate", None)
-        entry.update(own)
+        entry.update(rate)
         if self.groups.put(index, group):
             self.mark_changed()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_adagrad import Adagrad, presets, schedules
+from mlx_adagrad.checkpoint.config import describe
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
     ClipByNorm,
@@ -315,3 +316,8 @@ MLX = {"preset": "mlx", "learning_rate": 0.1}
 def test_wrong_configs_of_wrappers_are_refused(config, error, message):
     with pytest.raises(error, match=message):
         presets.from_config(config)
+
+
+def test_files_describe_wrappers_around_a_preset_as_version_0_1_did():
+    described = describe(ClipByNorm(presets.mlx(0.1), 1.0))
+    assert described == {"class": "ClipByNorm", "max_norm": 1.0, "optimizer": presets.mlx(0.1).get_config()}

@@ -8,6 +8,12 @@ and, where whole-run options ask for them, :mod:`~mlx_adagrad.wrappers` around i
 A learning rate is a number, a schedule of the number of calls so far (a uint64 array, 0 first; see
 :mod:`~mlx_adagrad.schedules`), a callable without arguments, or a Keras schedule object, which is read, not called.
 What each does differently from its framework, on purpose, is listed in ``docs/coming_from``.
+
+What belongs here: signatures and defaults of other frameworks, one module each, and no arithmetic. To add one, write a
+function under ``@preset`` (``recipe.py``) with the framework's argument names, order and defaults; make a ``Rule`` of
+what acts on each element and put wrappers around :class:`~mlx_adagrad.Adagrad` for what acts on the whole tree or run;
+name it below; and add recorded runs of the framework to ``tests/golden`` (see ``tests/replay.py``). Configs, copies and
+pickles are then tested without further code.
 """
 
 from ._functional import mlx, optax, paper

@@ -1,16 +1,16 @@
 """The learning rate schedules of Keras, torch, MindSpore and optax, as functions of the step like MLX's own.
 
-Each function bears its framework's name and takes the framework's arguments; torch's and MindSpore's begin with the
-rate that their schedulers find in the optimizer. What it returns is called with the step, a uint64 array or an int,
-0 first, and gives a 0-d fp32 array, inside ``mx.compile`` too::
+Each function is named after the framework's and takes the framework's arguments; torch's and MindSpore's begin with the
+learning rate that their schedulers take from the optimizer. The schedule that it returns is called with the step, a
+uint64 array or an int, 0 first, and returns a 0-d fp32 array, inside ``mx.compile`` too::
 
     optimizer = Adagrad(schedules.torch_step_lr(0.1, step_size=30))
 
 Wrong arguments are refused at once: TypeError for a wrong type, ValueError for a value out of range, as negative
-rates, factors and exponents are throughout. Where the function is one of MLX's, MLX's own does the computing.
+rates, factors and exponents are throughout. Where MLX has the same function, MLX's is called.
 :class:`ReduceLROnPlateau`, which goes by a metric and not by the step, is an object beside the optimizer, as in torch.
 
-What lives here: one module for each framework, or two where one would be too long. Each function is a formula of
+What belongs here: one module for each framework, or two where one would be too long. Each function is a formula of
 ``(step, arguments...)`` under ``@named``, which makes it a function of the arguments alone. To add one, write the
 formula in its framework's module with the framework's argument names, each annotated with its check
 (``arguments.py``); take the curve from ``curves.py``, where each stands once; name it below; and record the framework's
