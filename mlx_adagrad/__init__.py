@@ -3,12 +3,15 @@
 from . import old_names as old_names
 from .adagrad import Adagrad
 from .export import export_step, load_step
+from .sparse.averaging import refuse_row_sparse_gradients
 from .sparse.bag import SparseEmbeddingBag
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .sparse.trainers import sparse_gradients
 from .stand_in import stand_in
 from .update.accumulators import Dense, Quantized, RowWise
+
+refuse_row_sparse_gradients()
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 from mlx.nn.layers.distributed import shard_linear
 
 from cases import flat
-from mlx_adagrad import Adagrad, RowSparse, RowWise, SparseEmbedding, value_and_grad
+from mlx_adagrad import Adagrad, RowSparse, RowWise, SparseEmbedding, checkpoint, value_and_grad
 from mlx_adagrad.distributed import average_gradients, shard_embedding
 from mlx_adagrad.distributed.sharding import cuts
 from mlx_adagrad.trees import present
@@ -26,6 +27,7 @@ from mlx_adagrad.wrappers import (
     ClipByValue,
     Constraint,
     DynamicLossScale,
+    ExponentialMovingAverage,
     MaxNorm,
     SkipNonFinite,
 )
@@ -383,6 +385,109 @@ def a_fully_sharded_sparse_table(group: mx.distributed.Group) -> None:
             mx.eval(one.parameters(), optimizer.state)
     table = mx.distributed.all_gather(model.table.module.weight, group=group)
     near(table, want.table.weight, 2e-5)
+
+
+def averaged_stack(group: Any) -> Any:
+    return SkipNonFinite(ExponentialMovingAverage(ClipByGlobalNorm(Adagrad(0.1), 0.5, group=group), 0.9), group=group)
+
+
+class Both(nn.Module):
+    """Layers that are sharded in one way or another, and a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mx.random.seed(7)
+        self.table: Any = SparseEmbedding(ROWS, 8)
+        self.tensor: Any = {"0": layers(), "a.b": layers()}  # names that a flat file must not take apart
+        mx.eval(self.parameters())
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self.tensor["0"](self.table(ids)) + self.tensor["a.b"](self.table(ids))
+
+
+def both(group: Any) -> Both:
+    model = Both()
+    if group is not None:
+        model.table = shard_embedding(model.table, group)
+        tensor_parallel(model.tensor["0"], group)
+        fully_sharded(model.tensor["a.b"], group)
+    return model
+
+
+def train_both(model: Both, optimizer: Any, steps: range, group: Any) -> None:
+    """The same batch in every rank, so that the number of ranks changes nothing."""
+    ids, y = data(8, 1)
+    grad = value_and_grad(model, lambda x, y: nn.losses.mse_loss(model(x), y))
+    for t in steps:
+        _, gradients = grad(ids[t], y[t])
+        optimizer.update(model, gradients if group is None else average_gradients(gradients, group, sharded=model))
+        mx.eval(model.parameters(), optimizer.state)
+
+
+@scenario
+def saved_and_resumed(group: mx.distributed.Group, folder: str) -> None:
+    path = f"{folder}/run.safetensors"
+    model, optimizer = both(group), averaged_stack(group)
+    train_both(model, optimizer, range(3), group)
+    checkpoint.save(path, optimizer, model, group=group)
+    train_both(model, optimizer, range(3, 6), group)
+    again, twin = both(group), averaged_stack(group)
+    again.table.weight = again.table.weight + 1
+    checkpoint.load(path, twin, again, group=group)
+    train_both(again, twin, range(3, 6), group)
+    want = dict(flat([model.parameters(), optimizer.state]))
+    got = dict(flat([again.parameters(), twin.state]))
+    assert got.keys() == want.keys()
+    for name, array in got.items():
+        assert mx.array_equal(array, want[name]), name
+
+
+@scenario
+def resumed_by_others(group: mx.distributed.Group, folder: str) -> None:
+    """What another number of ranks has saved."""
+    model, optimizer = both(group), averaged_stack(group)
+    checkpoint.load(f"{folder}/run.safetensors", optimizer, model, group=group)
+    train_both(model, optimizer, range(3, 6), group)
+    alone, inner = both(None), averaged_stack(None)
+    checkpoint.load(f"{folder}/run.safetensors", inner, alone)
+    train_both(alone, inner, range(3, 6), None)
+    table = mx.distributed.all_gather(model.table.weight, group=group)[:ROWS]
+    near(table, alone.table.weight, 2e-5)
+    near(model.tensor["0"].last.weight, alone.tensor["0"].last.weight, 2e-5)
+    near(model.tensor["a.b"].last.weight, alone.tensor["a.b"].last.weight, 2e-5)
+
+
+@scenario
+def refused_by_all(group: mx.distributed.Group, folder: str) -> None:
+    """An error of one rank is an error of all, and nobody is left waiting."""
+    model, optimizer = both(group), averaged_stack(group)
+    path = f"{folder}/of_rank_{group.rank()}.safetensors"
+    if group.rank() == 0:
+        checkpoint.save(path, averaged_stack(None), both(None))
+    before = flat(model.parameters())
+    for bad in (f"{folder}/none/run.safetensors", path):
+        try:
+            checkpoint.load(bad, optimizer, model, group=group)
+        except (OSError, ValueError, RuntimeError):
+            pass
+        else:
+            raise AssertionError("one rank has no such file")
+    try:
+        checkpoint.save(f"{folder}/none/run.safetensors", optimizer, model, group=group)
+    except (OSError, RuntimeError) as error:
+        assert isinstance(error, OSError) is (group.rank() == 0), error
+    else:
+        raise AssertionError("there is no such folder")
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(before, flat(model.parameters()), strict=True))
+
+
+@scenario
+def until_killed(group: mx.distributed.Group, folder: str) -> None:
+    model, optimizer = both(group), averaged_stack(group)
+    for t in range(10_000):
+        train_both(model, optimizer, range(1), group)
+        checkpoint.save(f"{folder}/run.safetensors", optimizer, model, group=group)
+        print(f"rank {group.rank()} of process {os.getpid()} made step {t}", flush=True)
 
 
 def main() -> None:

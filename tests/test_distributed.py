@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_adagrad import RowSparse, SparseEmbedding
+import distributed_runs
+from mlx_adagrad import RowSparse, SparseEmbedding, checkpoint
 from mlx_adagrad.distributed import average_gradients, shard_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +89,44 @@ def test_processes_together_equal_one(ranks, tmp_path):
         assert code == 0 and output.splitlines() == [f"{name} held" for name in SCENARIOS], output
 
 
+def test_a_sharded_run_is_saved_whole_and_resumed_by_any_number_of_processes(tmp_path):
+    for ranks, scenarios in ((2, ["saved_and_resumed", "refused_by_all"]), (4, ["resumed_by_others"])):
+        for code, output in finish(start(ranks, tmp_path, ",".join(scenarios), tmp_path)):
+            assert code == 0 and output.splitlines() == [f"{name} held" for name in scenarios], output
+    alone, optimizer = distributed_runs.both(None), distributed_runs.averaged_stack(None)
+    checkpoint.load(tmp_path / "run.safetensors", optimizer, alone)
+    assert optimizer.step.item() == 3
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_leaves_a_whole_checkpoint(rank, tmp_path):
+    """mlx.launch ends the others where one has ended; without it, MLX's ring may leave them waiting."""
+    options = ["-n", "2", "--starting-port", str(free_ports(1)[0]), "--python", sys.executable]
+    script = [str(ROOT / "tests" / "distributed_runs.py"), "until_killed", str(tmp_path)]
+    launcher = subprocess.Popen(
+        [str(Path(sys.executable).with_name("mlx.launch")), *options, *script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    timer = threading.Timer(SECONDS, launcher.kill)
+    timer.start()
+    killed = None
+    for line in launcher.stdout:  # type: ignore[union-attr]
+        told = re.fullmatch(r"rank (\d) of process (\d+) made step (\d+)\n", line)
+        if told and int(told[1]) == rank and int(told[3]) >= 3 and killed is None:
+            killed = int(told[2])
+            os.kill(killed, signal.SIGKILL)
+    assert killed is not None and launcher.wait() is not None and timer.is_alive()
+    timer.cancel()
+    alone, optimizer = distributed_runs.both(None), distributed_runs.averaged_stack(None)
+    checkpoint.load(tmp_path / "run.safetensors", optimizer, alone)
+    assert optimizer.step.item() >= 3
+
+
 def test_one_process_needs_no_exchange():
     tree = {"a": RowSparse(mx.array([1]), mx.ones((1, 2)), 3), "b": mx.ones(2)}
     assert average_gradients(tree) is tree
@@ -123,3 +164,12 @@ def test_the_example_trains_in_two_processes(tmp_path):
     lines = done.stdout.splitlines()
     assert [line[:11] for line in lines[:3]] == ["rank 0 of 1", "rank 0 of 2", "rank 1 of 2"]
     assert (tmp_path / "distributed.png").stat().st_size > 10_000
+
+
+def test_stock_average_gradients_refuses_row_sparse_gradients_with_one_process_too():
+    gradient = RowSparse(mx.array([1]), mx.ones((1, 2)), 3)
+    with pytest.raises(TypeError, match=r"'a\.0' is row-sparse\. .*mlx_adagrad\.distributed\.average_gradients"):
+        nn.average_gradients({"a": [gradient]})
+    dense = {"a": [mx.ones(2)], "b": None}
+    assert nn.average_gradients(dense) is dense
+    assert nn.average_gradients(dense["a"][0]) is dense["a"][0]

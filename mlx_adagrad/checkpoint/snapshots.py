@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from ..distributed.layout import Layout
 from ..update.compiled import clear_at_the_end
 from ..wrappers.swap import own_parameters
 from . import safetensors, threads, trees
@@ -76,6 +77,18 @@ def snapshot(
         ValueError: Inside ``mx.compile`` or another transformation.
         RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
     """
+    return taken(optimizer, model, trainable_only, random_state, None, notes)
+
+
+def taken(
+    optimizer: Optimizer,
+    model: Module | dict | None,
+    trainable_only: bool,
+    random_state: bool,
+    layout: Layout | None,
+    notes: Mapping[str, Any] | None,
+) -> Snapshot:
+    """:func:`snapshot`, of whole arrays where the model is spread over processes; only the first can write it."""
     check_run("snapshot", optimizer, model)
     if trainable_only and not isinstance(model, Module):
         got = type(model).__name__
@@ -84,10 +97,14 @@ def snapshot(
     arrays: dict[str, mx.array] = {}
     with threads.between_steps(optimizer, ADVICE):
         run = {"optimizer": optimizer.state, "model": parameters(model, trainable_only)}
+        if layout is not None:
+            run = {name: layout.whole(tree, name) for name, tree in run.items()}
         structure = {name: trees.pack(tree, name, arrays) for name, tree in run.items()}
     if random_state:
         clear_at_the_end()  # to read it makes one for this thread
-        structure["random"] = trees.pack([mx.random.state[0]], "random", arrays)  # type: ignore[index]
+        key: mx.array = mx.random.state[0]  # type: ignore[index]
+        keys = [key] if layout is None else [*mx.distributed.all_gather(key[None], group=layout.group)]
+        structure["random"] = trees.pack(keys, "random", arrays)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

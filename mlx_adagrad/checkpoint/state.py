@@ -6,19 +6,22 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
+from ..distributed.layout import Layout
+from ..distributed.sharding import Predicate
 from ..update.compiled import clear_at_the_end
 from ..wrappers.states import expect_new_state
 from ..wrappers.swap import holds_averages
 from . import kinds, safetensors, threads, trees
 from .config import describe, differences, stack
 from .fitted import fitted
-from .snapshots import FORMAT, TRAINABLE, VERSION, Snapshot, check_path, check_run, parameters, snapshot
+from .shared import agreed, layout_of, part_of
+from .snapshots import FORMAT, TRAINABLE, VERSION, Snapshot, check_path, check_run, parameters, taken
 
 
 def save(
@@ -29,6 +32,8 @@ def save(
     trainable_only: bool = False,
     random_state: bool = False,
     notes: Mapping[str, Any] | None = None,
+    group: mx.distributed.Group | None = None,
+    sharded: Predicate | None = None,
 ) -> None:
     """Write the optimizer's state, and the model's parameters if given, as one safetensors file.
 
@@ -44,6 +49,10 @@ def save(
         trainable_only: Leave out the module's frozen parameters, such as the base of a LoRA run. Default: ``False``.
         random_state: Keep the state of ``mx.random``, this thread's, too. Default: ``False``.
         notes: What else to keep, such as the position in the data, in the types of JSON. Default: ``None``.
+        group: Processes that train together, each of which calls this: the first writes whole
+            arrays, the others wait for it. Default: ``None``.
+        sharded: Where ``shard_inplace`` was used, its predicate (path, array). Default: ``None``, the model's layers
+            tell which parameters are sharded.
 
     Raises:
         TypeError: If an argument is of another type (in another order), or the state holds what is no array, or the
@@ -53,14 +62,16 @@ def save(
         OSError: If the file cannot be written; the old one is as it was.
     """
     check_path("save", path)
-    if not isinstance(optimizer, Snapshot):
-        check_run("save", optimizer, model)
-        optimizer = snapshot(
-            optimizer, model, trainable_only=trainable_only, random_state=random_state, notes=notes
-        )
-    elif model is not None or trainable_only or random_state or notes is not None:
-        raise TypeError("[checkpoint] what a snapshot holds was said when it was taken: save(path, snapshot).")
-    optimizer.save(path)
+    if isinstance(optimizer, Snapshot):
+        if model is not None or trainable_only or random_state or notes is not None or group is not None:
+            raise TypeError("[checkpoint] what a snapshot holds was said when it was taken: save(path, snapshot).")
+        return optimizer.save(path)
+    check_run("save", optimizer, model)
+    layout = layout_of(model, group, sharded)
+    run = taken(optimizer, model, trainable_only, random_state, layout, notes)
+    if layout is None:
+        return run.save(path)
+    agreed(layout.group, lambda: run.save(path) if layout.group.rank() == 0 else None)
 
 
 def load(
@@ -70,6 +81,8 @@ def load(
     *,
     strict: bool = True,
     random_state: bool | None = None,
+    group: mx.distributed.Group | None = None,
+    sharded: Predicate | None = None,
 ) -> None:
     """Put a saved run back into the live ``optimizer`` and ``model``, in place: a step compiled with them goes on.
 
@@ -84,6 +97,10 @@ def load(
         strict: Refuse other hyperparameters than the saved ones. ``False``: a ``v`` that was kept in another way (fp32,
             bf16, 8 bits) is converted, too. Default: ``True``.
         random_state: Put the saved state of ``mx.random`` back, for this thread. Default: ``None``, if it is there.
+        group: Processes that train together, each of which calls this: each gets its part,
+            or an error if another one has failed. Default: ``None``.
+        sharded: Where ``shard_inplace`` was used, its predicate (path, array). Default: ``None``, the model's layers
+            tell which parameters are sharded.
 
     Raises:
         ValueError: If the file is damaged, or does not fit; each difference is named. Or if the model holds averages at
@@ -96,8 +113,37 @@ def load(
     check_run("load", optimizer, model)
     if model is not None and holds_averages(model):
         raise ValueError("[checkpoint] 'model' holds averages: leave the 'with' block of 'averaged' before you load.")
+    layout = layout_of(model, group, sharded)
+
+    def read() -> Prepared:
+        return _read(path, optimizer, model, strict, random_state, layout)
+
+    prepared = read() if layout is None else agreed(layout.group, read, lambda prepared: prepared.structure)
+    _install(prepared, optimizer, model)
+
+
+class Prepared(NamedTuple):
+    """A file that has been read and checked: what it is to fill, with what, and the seed of the random state."""
+
+    live: dict[str, Any]
+    new: dict[str, Any]
+    key: int | None
+    structure: str
+
+
+def _read(
+    path: str | os.PathLike,
+    optimizer: Optimizer,
+    model: Module | dict | None,
+    strict: bool,
+    random_state: bool | None,
+    layout: Layout | None,
+) -> Prepared:
     with _opened(path) as (entries, metadata):
         saved = _unpack(entries, metadata)
+        if layout is not None:
+            for name in ("optimizer", "model"):
+                saved[name] = layout.parts(saved[name], name, part_of)
         saved["optimizer"] = trees.renamed(saved["optimizer"], optimizer.state)
         live = {"optimizer": optimizer.state}
         if model is not None:
@@ -110,11 +156,16 @@ def load(
         problems += trees.surplus(saved["model"], live.get("model"), "model")
         if problems:
             raise ValueError(trees.listed(problems))
-        key = _random_key(saved.get("random"), random_state)
+        key = _random_key(saved.get("random"), random_state, layout)
         new = trees.read({name: saved[name] for name in live})
         mx.eval(new)
         if isinstance(model, Module):  # in the module's own structure, so that nothing can be refused below
             trees.fill(live["model"], new["model"])
+        return Prepared(live, new, key, metadata["structure"])
+
+
+def _install(prepared: Prepared, optimizer: Optimizer, model: Module | dict | None) -> None:
+    live, new, key, _ = prepared
     with threads.between_steps(optimizer, "load on that thread, between two steps"):
         pass
     trees.fill(live["optimizer"], new["optimizer"])
@@ -153,13 +204,16 @@ def _to_fill(model: Module | dict, saved: Any, metadata: dict[str, str]) -> Any:
     return trees.part(tree, saved, model.trainable_parameters() if isinstance(model, Module) else {})
 
 
-def _random_key(saved: Any, wanted: bool | None) -> int | None:
+def _random_key(saved: Any, wanted: bool | None, layout: Layout | None) -> int | None:
     """The seed that puts the saved state of ``mx.random`` back, None if it is to stay."""
     if wanted is False or (saved is None and wanted is None):
         return None
     if saved is None:
         raise ValueError("it was saved without the random state (random_state=True)")
-    entry = saved[0] if isinstance(saved, list) and len(saved) == 1 else None
+    processes = 1 if layout is None else layout.group.size()
+    if isinstance(saved, list) and len(saved) != processes:
+        raise ValueError(f"its random state is that of {len(saved)} processes, and here are {processes}")
+    entry = saved[0 if layout is None else layout.group.rank()] if isinstance(saved, list) else None
     if not isinstance(entry, safetensors.Entry) or (entry.shape, entry.dtype) != ((2,), mx.uint32):
         raise ValueError("its random state is none of mx.random")
     halves: Any = entry.read().tolist()

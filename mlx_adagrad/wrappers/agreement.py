@@ -95,8 +95,10 @@ class Agreement:
         if modifiers.low is not None:  # norms of clipped elements do not follow from those before
             return self._exchanged(gradients, parameters, modifiers, modifiers, True).norms, modifiers
         findings = self._findings(gradients, parameters, modifiers, True)
-        scales = {keys: at(modifiers.scale, keys) for keys in findings.norms}
-        norms = {keys: n if scales[keys] is None else n * mx.abs(scales[keys]) for keys, n in findings.norms.items()}
+        norms = dict(findings.norms)
+        for keys in norms:
+            scale = at(modifiers.scale, keys)
+            norms[keys] = norms[keys] if scale is None else norms[keys] * mx.abs(scale)
         return norms, replace(modifiers, findings=findings)
 
     def _findings(self, gradients: Any, parameters: Any, modifiers: Modifiers, norms: bool) -> Findings:
