@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test soak bench lint
+.PHONY: help demo test soak bench distributed lint
 help:
 	@echo "make demo   train a classifier, compare optimizers, draw a picture to out/"
 	@echo "make test   run all tests"
 	@echo "make soak   20,000 steps on a large sparse table"
 	@echo "make bench  measure time and memory, write the report to out/"
+	@echo "make distributed  train a recommender in two processes, draw a picture to out/"
 	@echo "make lint   ruff and pyright"
 
 demo: $(VENV)/.examples
@@ -25,6 +26,9 @@ soak: $(VENV)/.dev
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+distributed: $(VENV)/.examples
+	$(BIN)/python examples/distributed.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
