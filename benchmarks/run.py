@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dense
 import distributed
+import host
 import rows
 from report import bullets, machine, options
 
-SCRIPTS = (dense, rows, distributed)
+SCRIPTS = (dense, rows, host, distributed)
 
 
 def main() -> None:
