@@ -83,6 +83,16 @@ def assert_near(got, want, dtype=None, steps=5):
     np.testing.assert_allclose(got, want, rtol=RELATIVE[dtype] * steps, atol=RELATIVE[dtype] * steps)
 
 
+def memory_before() -> int:
+    """The bytes that MLX holds before what a test measures; the peak starts from there.
+
+    A GPU frees what it has used when it has finished, behind the back of the host: so that is waited for.
+    """
+    mx.synchronize()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
 def flat(tree) -> Any:
     """The (path, array) pairs of a tree."""
     return tree_flatten(tree)
