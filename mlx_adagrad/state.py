@@ -146,7 +146,7 @@ class State(NamedTuple):
             ValueError: If it is negative, or has more than 64 bits.
         """
         if seed is not None:
-            checks.integer_between("Adagrad", "rounding_seed", seed, 0, LARGEST_SEED)
+            seed = checks.integer_between("Adagrad", "rounding_seed", seed, 0, LARGEST_SEED)
         if self.storage.draws:
             given = None if seed is None else mx.array(divmod(seed, 2**32), mx.int64)  # MLX takes none above 2^63
             words = (mx.random.randint(0, 2**32, (2,), mx.int64) if given is None else given).astype(mx.uint64)

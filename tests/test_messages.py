@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from mlx_adagrad import Adagrad, presets, schedules
+from mlx_adagrad import Adagrad, Quantized, presets, schedules
 from mlx_adagrad.checks import shown
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
@@ -22,6 +22,7 @@ from mlx_adagrad.wrappers import (
     ExponentialMovingAverage,
     GradientAccumulation,
     LossScale,
+    MaxNorm,
     SkipNonFinite,
 )
 
@@ -203,6 +204,7 @@ TAKE: dict[str, Callable[[Any], Any]] = {
     "clip": lambda x: ClipByNorm(Adagrad(0.1), x).max_norm,
     "momentum": lambda x: ExponentialMovingAverage(Adagrad(0.1), x).momentum,
     "factor": lambda x: LossScale(Adagrad(0.1), x).factor,
+    "constraint": lambda x: MaxNorm(x).max_value,
     "scale": lambda x: DynamicLossScale(Adagrad(0.1), x).initial_scale,
     "schedule": lambda x: schedules.torch_step_lr(x, 3).config["lr"],
     "gamma": lambda x: schedules.torch_step_lr(0.1, 3, x).config["gamma"],
@@ -231,6 +233,10 @@ def test_an_integer_may_be_an_array_of_one_element() -> None:
     for three in (np.int64(3), mx.array(3), np.array([3], np.uint8)):
         number: Any = three
         assert GradientAccumulation(Adagrad(0.1), number).steps == 3
+        assert type(ExponentialMovingAverage(Adagrad(0.1), 0.9, number).overwrite_frequency) is int
+        assert Quantized(min_size=number) == Quantized(min_size=3)
+        seeds = [Adagrad(0.1, rounding="stochastic", rounding_seed=seed) for seed in (number, 3)]
+        assert len({optimizer.state["_mlx_adagrad"]["rounding_seed"].item() for optimizer in seeds}) == 1
         assert schedules.torch_step_lr(0.1, number).config["step_size"] == 3
     for wrong in (mx.array(3.0), np.float32(3), mx.array(True)):
         number = wrong

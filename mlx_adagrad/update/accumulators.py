@@ -192,7 +192,8 @@ class Quantized(Dense):
 
     def __post_init__(self) -> None:
         for name, low, high in (("block", *BLOCK_RANGE), ("min_size", 0, None)):
-            checks.integer_between("Quantized", name, getattr(self, name), low, high)
+            number = checks.integer_between("Quantized", name, getattr(self, name), low, high)
+            object.__setattr__(self, name, number)
 
     def quantizes(self, parameter: mx.array) -> bool:
         """Whether ``v`` beside ``parameter`` is kept in 8 bits."""

@@ -45,7 +45,7 @@ class ExponentialMovingAverage(Wrapper):
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"[{self._name}] 'momentum' must be in the range [0, 1] but got {self.momentum}.")
         if overwrite_frequency is not None:
-            checks.positive_integer(self._name, "overwrite_frequency", overwrite_frequency)
+            overwrite_frequency = checks.positive_integer(self._name, "overwrite_frequency", overwrite_frequency)
         self.overwrite_frequency = overwrite_frequency
         super().__init__(optimizer)
 

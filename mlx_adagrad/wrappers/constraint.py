@@ -53,7 +53,7 @@ class MaxNorm:
     axis: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        checks.non_negative("MaxNorm", "max_value", self.max_value)
+        object.__setattr__(self, "max_value", checks.non_negative("MaxNorm", "max_value", self.max_value))
         _check_axis("MaxNorm", self.axis)
 
     def __call__(self, w: mx.array) -> mx.array:
