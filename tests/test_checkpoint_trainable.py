@@ -175,3 +175,22 @@ def test_a_full_file_loads_into_a_module_with_frozen_parts_and_back(tmp_path: Pa
     checkpoint.save(tmp_path / "a", optimizer, model)
     checkpoint.load(tmp_path / "a", Adagrad(0.1), other)
     assert bits(other.parameters()) == bits(model.parameters())
+
+
+def test_only_the_trainable_part_of_a_full_file_is_loaded_where_it_is_asked_for(tmp_path: Path) -> None:
+    model, optimizer, other = net(), Adagrad(0.1), net(1)
+    train(optimizer, model, 1, False)
+    base = bits(other.layers[0].parameters())
+    for partial in (False, True):
+        checkpoint.save(tmp_path / "a", optimizer, model, trainable_only=partial)
+        other.layers[3].a = mx.zeros((64, 2))
+        checkpoint.load(tmp_path / "a", Adagrad(0.1), other, trainable_only=True)
+        assert bits(other.layers[3].a) == bits(model.layers[3].a)
+        assert bits(other.layers[0].parameters()) == base != bits(model.layers[0].parameters())
+    fresh = Adagrad(0.1)
+    before = bits(fresh.state)
+    with pytest.raises(ValueError, match="saved with the trainable parameters only"):
+        checkpoint.load(tmp_path / "a", fresh, other, trainable_only=False)
+    with pytest.raises(TypeError, match="'trainable_only' needs a module"):
+        checkpoint.load(tmp_path / "a", fresh, other.parameters(), trainable_only=True)
+    assert bits(fresh.state) == before

@@ -80,6 +80,7 @@ def load(
     model: Module | dict | None = None,
     *,
     strict: bool = True,
+    trainable_only: bool | None = None,
     random_state: bool | None = None,
     group: mx.distributed.Group | None = None,
     sharded: Predicate | None = None,
@@ -96,6 +97,8 @@ def load(
         model: A module, or a tree of its parameters, to load the saved parameters into. Default: ``None``.
         strict: Refuse other hyperparameters than the saved ones. ``False``: a ``v`` that was kept in another way (fp32,
             bf16, 8 bits) is converted, too. Default: ``True``.
+        trainable_only: ``True``: load only what is trainable here, whatever else the file has; ``False``: refuse a file
+            that has no more than the trainable parameters. Default: ``None``, what the file has.
         random_state: Put the saved state of ``mx.random`` back, for this thread. Default: ``None``, if it is there.
         group: Processes that train together, each of which calls this: each gets its part,
             or an error if another one has failed. Default: ``None``.
@@ -111,12 +114,14 @@ def load(
     """
     check_path("load", path)
     check_run("load", optimizer, model)
+    if trainable_only and not isinstance(model, Module):
+        raise TypeError(f"[checkpoint] 'trainable_only' needs a module but got {type(model).__name__}.")
     if model is not None and holds_averages(model):
         raise ValueError("[checkpoint] 'model' holds averages: leave the 'with' block of 'averaged' before you load.")
     layout = layout_of(model, group, sharded)
 
     def read() -> Prepared:
-        return _read(path, optimizer, model, strict, random_state, layout)
+        return _read(path, optimizer, model, strict, trainable_only, random_state, layout)
 
     prepared = read() if layout is None else agreed(layout.group, read, lambda prepared: prepared.structure)
     _install(prepared, optimizer, model)
@@ -136,6 +141,7 @@ def _read(
     optimizer: Optimizer,
     model: Module | dict | None,
     strict: bool,
+    trainable_only: bool | None,
     random_state: bool | None,
     layout: Layout | None,
 ) -> Prepared:
@@ -147,7 +153,8 @@ def _read(
         saved["optimizer"] = trees.renamed(saved["optimizer"], optimizer.state)
         live = {"optimizer": optimizer.state}
         if model is not None:
-            live["model"] = _to_fill(model, saved["model"], metadata)
+            partial = metadata.get("model") == TRAINABLE
+            live["model"], saved["model"] = _to_fill(model, saved["model"], partial, trainable_only)
         if not strict:
             saved["optimizer"] = fitted(saved["optimizer"], optimizer.state)
         problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
@@ -194,14 +201,20 @@ def read_notes(path: str | os.PathLike) -> dict[str, Any]:
     return notes
 
 
-def _to_fill(model: Module | dict, saved: Any, metadata: dict[str, str]) -> Any:
-    """The parameters that a file must fit: all, or those that are trainable here, and those that are in the file."""
+def _to_fill(model: Module | dict, saved: Any, partial: bool, trainable_only: bool | None) -> tuple[Any, Any]:
+    """The parameters that a file must fit, and what of the file fits them.
+
+    All; of a file that is ``partial``, those that are trainable here and those that are in the file; or the trainable.
+    """
     if saved is None:
         raise ValueError("it was saved without a model")
+    if partial and trainable_only is False:
+        raise ValueError("it was saved with the trainable parameters only (trainable_only=True)")
     tree = parameters(model)
-    if metadata.get("model") != TRAINABLE:
-        return tree
-    return trees.part(tree, saved, model.trainable_parameters() if isinstance(model, Module) else {})
+    trainable = model.trainable_parameters() if isinstance(model, Module) else {}
+    if trainable_only:
+        return trees.part(tree, trainable), trees.part(saved, trainable)
+    return (trees.part(tree, saved, trainable) if partial else tree), saved
 
 
 def _random_key(saved: Any, wanted: bool | None, layout: Layout | None) -> int | None:
