@@ -374,7 +374,7 @@ def test_a_callback_saves_a_run_of_mlx_lm_itself(home, tmp_path):
     args = trainer.TrainingArgs(
         iters=5, steps_per_report=2, max_seq_length=64, adapter_file=str(tmp_path / "adapters.safetensors")
     )
-    callback = checkpoint.Callback(tmp_path / "run.safetensors", optimizer, model, every=2)
+    callback: Any = checkpoint.Callback(tmp_path / "run.safetensors", optimizer, model, every=2)
     trainer.train(model, optimizer, CacheDataset(sets[0]), args=args, training_callback=callback)
     saved, adapters = loaded(tmp_path / "run.safetensors"), loaded(tmp_path / "adapters.safetensors")
     trained = {name.removeprefix("model."): w for name, w in saved.items() if name.startswith("model.")}

@@ -113,8 +113,9 @@ class DynamicLossScale(Scaling):
     def apply_modified(self, gradients: dict, parameters: dict, modifiers: Modifiers) -> dict:
         if modifiers.apply is False or modifiers.flush:
             return super().apply_modified(gradients, parameters, modifiers)
-        scale, count = self.dynamic_scale, self._own["step_counter"]
         self._agreement.check(parameters)
+        self._check_asked()
+        scale, count = self._own["dynamic_scale"], self._own["step_counter"]
         gradients = reductions.coalesced(self._name, gradients)
         unscaled = modifiers.scaled(1.0 / scale)
         finite, unscaled = self._agreement.finite(gradients, parameters, unscaled, self._norms_inside)
