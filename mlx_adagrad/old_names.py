@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -20,12 +19,19 @@ NEW_NAMES = {
 }
 
 
-class OldNames(MetaPathFinder, Loader):
-    """Finds a module under its old name; the module is the new one itself."""
+class OldNames:
+    """Finds a module under its old name; the module is the new one itself.
+
+    It is finder and loader by its methods: the base classes in importlib.abc take as long to import as this package.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == __package__ and name in NEW_NAMES else None
+        known = package == __package__ and name in NEW_NAMES
+        return ModuleSpec(fullname, self) if known else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: as Python makes modules."""
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__

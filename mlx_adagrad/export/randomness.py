@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 
@@ -55,10 +54,14 @@ def drawing_from(keys: Keys) -> Iterator[None]:
 
         return draw
 
-    with ExitStack() as patches:
-        for name in DRAWING:
-            patches.enter_context(mock.patch.object(mx.random, name, keyed(getattr(mx.random, name))))
+    functions = {name: getattr(mx.random, name) for name in DRAWING}
+    try:
+        for name, function in functions.items():
+            setattr(mx.random, name, keyed(function))
         yield
+    finally:
+        for name, function in functions.items():
+            setattr(mx.random, name, function)
 
 
 def _is_key(args: tuple[Any, ...]) -> bool:

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..by_name import stand_in
 from ..checks import boolean, shown
-from ..stand_in import stand_in
 from . import known, options, run_file, sparse, training
 
 NAME = "adagrad"
