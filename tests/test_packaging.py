@@ -173,7 +173,9 @@ def test_wheel_metadata(wheel):
     assert always == ["mlx>=0.32.1"]
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
-    assert {"cpu", "examples", "dev", "benchmarks"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"cpu", "examples", "dev", "benchmarks", "lm"} <= set(metadata.get_all("Provides-Extra", []))
+    scripts = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert "mlx-adagrad = mlx_adagrad.lm.__main__:main" in scripts
 
 
 def test_sdist(builder, sdist, tmp_path):
@@ -238,4 +240,4 @@ print(sorted(sys.modules))
 """
     modules = set(ast.literal_eval(run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT))))
     assert "mlx_adagrad.update.kernels" in modules
-    assert not modules & {"numpy", "torch", "keras", "tensorflow", "mindspore", "jax", "optax"}
+    assert not modules & {"mlx_lm", "numpy", "torch", "keras", "tensorflow", "mindspore", "jax", "optax"}
