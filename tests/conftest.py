@@ -25,6 +25,22 @@ def cpu():
 
 
 @pytest.fixture
+def compiling():
+    """For a test that is about ``mx.compile``, in a module that is else ``op_by_op``."""
+
+
+@pytest.fixture
+def op_by_op(request):
+    """``mx.compile`` changes nothing: on a CPU every new kernel takes about a second to build."""
+    if "compiling" in request.fixturenames:
+        yield
+        return
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
 def host(monkeypatch):
     """Kernels run on the host, from the source that MLX generates for Metal, with every access checked and counted."""
     if mx.metal.is_available():

@@ -24,6 +24,10 @@ STORAGES = {
 }
 storages = pytest.mark.parametrize("storage", [pytest.param(s, id=name) for name, s in STORAGES.items()])
 
+# for laws with many cases: each way of storing once
+SOME = ("stochastic_bf16", "row_wise", "compensated_8bit")
+some_storages = pytest.mark.parametrize("storage", [pytest.param(STORAGES[name], id=name) for name in SOME])
+
 # How far neighbours are apart, relative: of w some steps of it, since a stochastic one may take either; of v one.
 W_UNITS = {mx.float32: 2.0**-20, mx.float16: 2.0**-9, mx.bfloat16: 2.0**-6}
 V_UNIT = {"float32": 2.0**-20, "bfloat16": 2.0**-7, "8bit": 2.0**-4}

@@ -17,8 +17,9 @@ from mlx_adagrad.wrappers import (
     GradientAccumulation,
     SkipNonFinite,
 )
-from storages import STORAGES, W_UNITS, adagrad, smooth, storages, v_of, v_unit
+from storages import STORAGES, W_UNITS, adagrad, smooth, some_storages, storages, v_of, v_unit
 
+pytestmark = pytest.mark.usefixtures("op_by_op")
 dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=lambda d: str(d)[9:])
 
 
@@ -31,7 +32,7 @@ def weights(shape, dtype, seed=1):
 
 
 @options
-@storages
+@some_storages
 def test_is_near_the_reference(storage, options):
     check_near_the_reference(storage, mx.bfloat16, options)
 
@@ -60,7 +61,7 @@ def check_near_the_reference(storage, dtype, options):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@storages
+@some_storages
 def test_every_shape(storage, shape):
     dtype = mx.bfloat16
     w, gs = weights(shape, dtype), gradients(shape)
@@ -102,7 +103,7 @@ def test_a_parameter_has_the_same_bits_whatever_is_beside_it(storage):
 
 
 @storages
-def test_compiled_equals_plain(storage):
+def test_compiled_equals_plain(storage, compiling):
     w, gs = {"w": weights((9, 40), mx.bfloat16)}, gradients((9, 40))
     plain, other = adagrad(storage), adagrad(storage)
     other.init(w)
@@ -235,7 +236,7 @@ def test_rows_that_name_nothing_change_no_bit(storage):
 # ---- Options and wrappers around it.
 
 
-@storages
+@some_storages
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -247,7 +248,7 @@ def test_rows_that_name_nothing_change_no_bit(storage):
     ],
     ids=["clip", "loss_scale", "ema", "accumulation", "skip"],
 )
-def test_wrappers(storage, wrap, tmp_path):
+def test_wrappers(storage, wrap, tmp_path, compiling):
     w, gs = {"w": weights((9, 40), mx.bfloat16), "b": weights((7,), mx.bfloat16)}, gradients((9, 40), steps=4)
     optimizer = wrap(adagrad(storage))
     optimizer.init(w)

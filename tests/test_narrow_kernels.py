@@ -11,7 +11,7 @@ from mlx_adagrad import Adagrad, Dense, Quantized, RowSparse, RowWise
 from mlx_adagrad.update.modifiers import Modifiers
 from storages import STORAGES, adagrad, smooth, storages, v_of
 
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "op_by_op")
 dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=lambda d: str(d)[9:])
 SHAPES = [(), (1,), (7,), (0,), (5, 3), (9, 40), (2, 3, 4), (3, 70), (1023,), (0, 3), (300, 300)]
 
