@@ -12,12 +12,13 @@ for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_p
   long at_v = adagrad_row(row, block, w_shape, v_strides, w_ndim) + column * across_v;
   ulong i = (block * threads_per_grid.y + row) * columns + column;
   for (uint k = 0; k < N && column + k < columns; ++k, ++i, at_w += across_w, at_g += across_g, at_v += across_v) {
-    float weight = float(w[at_w]);
+    W stored = w[at_w];
+    float weight = float(stored);
     float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, float(g[at_g]), s);
     float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
     float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
         weight, gradient, total, s);
-    new_weights[i] = s.apply ? static_cast<W>(updated) : w[at_w];
+    new_weights[i] = s.apply ? static_cast<W>(updated) : stored;
 #ifndef V_MODE
     new_accumulator[i] = s.apply ? static_cast<V>(total) : static_cast<V>(v[at_v]);
 #endif

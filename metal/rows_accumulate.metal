@@ -71,9 +71,10 @@ for (uint base = 0; base < columns; base += threads_per_grid.x) {
     }
 #elif V_MODE == 2
     else {
-      float before = float(v_rows[origin * columns + column]);
+      V stored = v_rows[origin * columns + column];
+      float before = float(stored);
       total_v[i] = head && s.apply ? before + gradient * gradient : before;
-      new_v[i] = head && s.apply ? static_cast<V>(total_v[i]) : v_rows[origin * columns + column];
+      new_v[i] = head && s.apply ? static_cast<V>(total_v[i]) : stored;
     }
 #endif
   }
@@ -91,9 +92,10 @@ if (ROW_WISE) {
 #if V_MODE == 1
     new_v[place] = head && s.apply ? mean : -0.0f;
 #else
-    float before = float(v_rows[origin]);
+    V stored = v_rows[origin];
+    float before = float(stored);
     total_v[place] = head && s.apply ? before + mean : before;
-    new_v[place] = head && s.apply ? static_cast<V>(total_v[place]) : v_rows[origin];
+    new_v[place] = head && s.apply ? static_cast<V>(total_v[place]) : stored;
 #endif
   }
 }

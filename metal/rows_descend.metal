@@ -21,5 +21,6 @@ if (acts) {
 if (ADD_W) {
   new_w[i] = static_cast<W>(acts ? updated - weight : -0.0f);
 } else {
-  new_w[i] = acts ? static_cast<W>(updated) : w_rows[origin];
+  W stored = w_rows[origin];
+  new_w[i] = acts ? static_cast<W>(updated) : stored;
 }

@@ -36,10 +36,11 @@ if (lane == 0) {
 #endif
 for (ulong column = lane; column < columns; column += threads_per_grid.x) {
   long at_w = row_w + adagrad_column(column, w_shape, w_strides, w_ndim);
-  float weight = float(w[at_w]);
+  W stored = w[at_w];
+  float weight = float(stored);
   float g_here = float(g[row_g + adagrad_column(column, w_shape, g_strides, w_ndim)]);
   float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g_here, s);
   float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
         weight, gradient, total, s);
-  new_weights[ulong(row) * columns + column] = s.apply ? static_cast<W>(updated) : w[at_w];
+  new_weights[ulong(row) * columns + column] = s.apply ? static_cast<W>(updated) : stored;
 }

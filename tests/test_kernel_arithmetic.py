@@ -25,16 +25,14 @@ def arithmetic(request, host):
 
 
 @options
-@dtypes
-def test_the_laws_hold(arithmetic, options, dtype):
-    w, gradients = tensors((6, 5), (dtype, dtype), steps=3)
-    v_dtype = dtype if options.get("weight_decay") else mx.float32
+def test_the_laws_hold(arithmetic, options):
+    w, gradients = tensors((6, 5), steps=3)
     for accumulator in (Dense(), RowWise()):
         got_w, got_v = run(Adagrad(0.1, **options, accumulator=accumulator, fused=True), w, gradients)
         row_wise = accumulator == RowWise()
         want_w, want_v = adagrad(to_numpy(w), [to_numpy(g) for g in gradients], row_wise=row_wise, **options)[-1]
-        assert_near(got_w, want_w, dtype)
-        assert_near(got_v, want_v, v_dtype)
+        assert_near(got_w, want_w)
+        assert_near(got_v, want_v)
 
 
 @options
