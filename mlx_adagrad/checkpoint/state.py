@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,11 +15,12 @@ from ..distributed.sharding import Predicate
 from ..update.compiled import clear_at_the_end
 from ..wrappers.states import expect_new_state
 from ..wrappers.swap import holds_averages
-from . import kinds, safetensors, threads, trees
+from . import safetensors, threads, trees
 from .config import describe, differences, stack
 from .fitted import fitted
+from .opened import json_in, opened, unpacked
 from .shared import agreed, layout_of, part_of
-from .snapshots import FORMAT, TRAINABLE, VERSION, Snapshot, check_path, check_run, parameters, taken
+from .snapshots import TRAINABLE, Snapshot, check_path, check_run, parameters, taken
 
 
 def save(
@@ -145,8 +144,8 @@ def _read(
     random_state: bool | None,
     layout: Layout | None,
 ) -> Prepared:
-    with _opened(path) as (entries, metadata):
-        saved = _unpack(entries, metadata)
+    with opened(path) as (entries, metadata):
+        saved = unpacked(entries, metadata)
         if layout is not None:
             for name in ("optimizer", "model"):
                 saved[name] = layout.parts(saved[name], name, part_of)
@@ -157,7 +156,7 @@ def _read(
             live["model"], saved["model"] = _to_fill(model, saved["model"], partial, trainable_only)
         if not strict:
             saved["optimizer"] = fitted(saved["optimizer"], optimizer.state)
-        problems = _other_hyperparameters(_json(metadata, "config"), describe(optimizer)) if strict else []
+        problems = _other_hyperparameters(json_in(metadata, "config"), describe(optimizer)) if strict else []
         for name, tree in live.items():
             problems += trees.mismatches(saved[name], tree, name)
         problems += trees.surplus(saved["model"], live.get("model"), "model")
@@ -193,9 +192,9 @@ def read_notes(path: str | os.PathLike) -> dict[str, Any]:
         OSError: If the file cannot be read.
     """
     check_path("read_notes", path)
-    with _opened(path) as (entries, metadata):
-        _unpack(entries, metadata)
-        notes = _json(metadata, "notes") if "notes" in metadata else {}
+    with opened(path) as (entries, metadata):
+        unpacked(entries, metadata)
+        notes = json_in(metadata, "notes") if "notes" in metadata else {}
         if not isinstance(notes, dict):
             raise ValueError("its notes are no mapping")
     return notes
@@ -243,37 +242,3 @@ def _other_hyperparameters(config: Any, own: Any) -> list[str]:
     if stack(config) != stack(own):
         raise ValueError(f"the optimizer is {stack(config):.200} in the file but {stack(own)} here")
     return list(differences(config, own))
-
-
-@contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[tuple[dict[str, safetensors.Entry], dict[str, str]]]:
-    """The entries and the metadata of a file; what is wrong with it is said with its name."""
-    try:
-        kinds.expect(path, kinds.OWN, kinds.SAFETENSORS)
-        with open(path, "rb") as stream:
-            yield safetensors.read(stream)
-    except (ValueError, RecursionError) as error:  # the latter for what is nested too deeply, wherever it shows
-        raise ValueError(f"[checkpoint] '{os.fsdecode(path)}' cannot be loaded: {error}.") from error
-
-
-def _unpack(entries: dict[str, safetensors.Entry], metadata: dict[str, str]) -> dict[str, Any]:
-    """The trees of a file, structure checked."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError("it is no checkpoint of mlx_adagrad; stock MLX ones are for import_mlx")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"it has version {metadata.get('version')!r:.20} of the format, and only {VERSION} is known")
-    structure = _json(metadata, "structure")
-    if not isinstance(structure, dict) or structure.keys() - {"random"} != {"optimizer", "model"}:
-        raise ValueError("its structure must have an optimizer and a model")
-    left = dict(entries)
-    saved = trees.unpack(structure, left)
-    if left:
-        raise ValueError(f"its structure does not know the tensor {next(iter(left))!r:.80}")
-    return saved
-
-
-def _json(metadata: dict[str, str], key: str) -> Any:
-    try:
-        return json.loads(metadata[key])
-    except (KeyError, ValueError, RecursionError):
-        raise ValueError(f"its {key} is missing or is no JSON") from None
