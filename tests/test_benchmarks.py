@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(5,), (3, 4)]
-WRITTEN = ["dense.json", "dense.png", "distributed.json", "rows.json", "rows.png"]
+WRITTEN = ["dense.json", "dense.png", "distributed.json", "host.json", "rows.json", "rows.png"]
 MLX_CANDIDATES = ["stock eager", "stock compiled", "ours eager", "ours compiled"]
 
 
@@ -265,6 +265,9 @@ def test_run_prints_tables_and_writes_figures_and_a_picture(tmp_path):
     tables = {name: result["extra tables"] for name, result in rows["sweep"][1]["results"].items()}
     assert max(tables["ours sparse"], tables["ours row-wise"]) < 0.05 and tables["stock"] > 2
     assert len(rows["targets"]) == 5 and all(f"| {target['what']} |" in done.stdout for target in rows["targets"])
+    host = json.loads((tmp_path / "out" / "host.json").read_text())["microseconds"]
+    assert len(host) == 4 and all(time > 0 for times in host.values() for time in times.values())
+    assert all(f"| {way} | " in done.stdout for times in host.values() for way in times)
     for name in ("dense.png", "rows.png"):
         png = (tmp_path / "out" / name).read_bytes()
         assert png.startswith(b"\x89PNG") and min(struct.unpack(">II", png[16:24])) > 500
