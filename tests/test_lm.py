@@ -326,6 +326,16 @@ def test_an_embedding_that_cannot_be_trained_sparsely_is_refused(changes, messag
     assert nn.value_and_grad.__module__.startswith("mlx.nn")
 
 
+def test_a_group_that_matches_nothing_is_refused_before_the_first_validation(home, tmp_path, monkeypatch):
+    def evaluate(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    options = {"ema": 0.9, "groups": [{"params": "*lora_a", "lr": 0.1}]}
+    with pytest.raises(ValueError, match=r"'params' '\*lora_a' matches no parameter"):
+        run(written(tmp_path / "a", home, options, fine_tune_type="full"), monkeypatch)
+
+
 def test_a_run_under_other_options_says_what_differs(home, tmp_path, monkeypatch):
     run(written(tmp_path / "a", home, WRAPPED), monkeypatch)
     before = files(tmp_path / "a")

@@ -13,6 +13,7 @@ from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
 from .. import checkpoint
+from ..adagrad import Adagrad
 from ..configurable import Configurable
 from ..wrappers import DynamicLossScale, LossScale
 from . import known, run_file
@@ -59,6 +60,9 @@ def train(
     """
     trainer = known.trainer()
     args = trainer.TrainingArgs() if args is None else args
+    adagrad = _inside(optimizer, (Adagrad,))
+    if adagrad is not None:
+        adagrad.groups.check_matches(model)  # the first step would, after the first validation
     run = Run(model, optimizer, args, _options(args, train_dataset, val_dataset, options))
     batches = Batches(iterate_batches or trainer.iterate_batches, run.after)
     run.batches = batches
@@ -212,12 +216,16 @@ def _options(args: Any, train_dataset: Any, val_dataset: Any, options: Mapping[s
     return {**own, "machines": mx.distributed.init().size(), **(options or {})}
 
 
+def _inside(optimizer: Any, kinds: tuple[type, ...]) -> Any:
+    """The outermost of these kinds among an optimizer and those that it wraps; None without one."""
+    while optimizer is not None and not isinstance(optimizer, kinds):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
 def _with_loss_scale(optimizer: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
     """The loss whose gradient is that of the scaled one, and whose value is its own."""
-    inner = optimizer
-    while inner is not None and not isinstance(inner, LossScale | DynamicLossScale):
-        inner = getattr(inner, "optimizer", None)
-    if inner is None:
+    if _inside(optimizer, (LossScale, DynamicLossScale)) is None:
         return loss
 
     def scaled_loss(model: Module, *batch: Any) -> Any:
