@@ -4,6 +4,7 @@ import pickle
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -162,6 +163,18 @@ def test_embedding_trains_the_same():
             optimizer.update(model, gradients)
         results.append(to_numpy(model.weight))
     np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_look_ups_by_indices_of_several_dtypes():
+    model, dense = SparseEmbedding(20, 6), nn.Embedding(20, 6)
+    dense.weight = model.weight
+    x, y = mx.array([3, 1, 3], mx.int8), mx.array([2, 19], mx.uint64)
+
+    def loss(model):
+        return mx.square(model(x)).sum() + mx.sin(model(y)).sum()
+
+    got = value_and_grad(model, loss)(model)[1]["weight"]
+    assert_near(got.to_dense(), to_numpy(nn.value_and_grad(dense, loss)(dense)[1]["weight"]))
 
 
 def test_launches_of_a_step(host):
