@@ -10,7 +10,6 @@ from cases import options
 from mlx_adagrad import Adagrad, Dense
 from mlx_adagrad.update import kernels, ops
 from mlx_adagrad.update.rule import Rule, Scalars
-from mlx_adagrad.update.step import Plan
 from reference import adagrad
 
 POINTS = [(0.3, 0.7, 0.5), (2.0, -1.2, 0.0), (-0.6, 0.4, 1e-3), (0.3, 0.0, 0.0)]  # g, w, v
@@ -75,7 +74,7 @@ def update(rule, launch=ops.Functions.update):
         scalars = Scalars(lr, eps, weight_decay, scale, -limit, limit)
         functions = ops.functions(form, Dense(), w.dtype)
         if launch is kernels.differentiable_launch:
-            new_w, new_v = launch(Plan(form, scalars, w.dtype, functions), w, g, v)
+            new_w, new_v = launch(form, w, g, v, scalars, functions)
         else:
             new_w, new_v = launch(functions, w, g, v, scalars)
         return new_w + 0.7 * new_v

@@ -7,12 +7,19 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from cases import to_numpy
+from cases import bits, flat, to_numpy
+from mlx_adagrad import Adagrad, Dense, RowSparse, RowWise
 from mlx_adagrad.update.modifiers import UNMODIFIED, Modifiers
 from mlx_adagrad.wrappers import (
     ClipByGlobalNorm,
     ClipByNorm,
+    Constraint,
+    DynamicLossScale,
+    ExponentialMovingAverage,
+    GradientAccumulation,
+    LossScale,
     MaxNorm,
+    SkipNonFinite,
     UnitNorm,
     reductions,
 )
@@ -102,3 +109,94 @@ def test_a_constraint_on_zeros_has_a_derivative():
     for constraint in (UnitNorm(), MaxNorm()):
         slope = mx.grad(lambda w, function=constraint: function(w).sum())(mx.zeros((2, 2)))
         assert np.isfinite(np.array(slope)).all()
+
+
+# ------------------------------------------------------------------ guarded steps
+GUARDS = {"skip": SkipNonFinite, "scale": lambda optimizer: DynamicLossScale(optimizer, 1.0)}
+guards = pytest.mark.parametrize("guard", GUARDS.values(), ids=GUARDS)
+INSIDE = {
+    "adagrad": lambda: Adagrad(0.1),
+    "in half precision": lambda: Adagrad(0.1, accumulator=Dense("parameter")),
+    "row-wise": lambda: Adagrad(0.1, accumulator=RowWise()),
+    "coupled decay": lambda: Adagrad(0.1, weight_decay=0.9),
+    "decoupled decay": lambda: Adagrad(3e38, weight_decay=0.9, decoupled_weight_decay=True),
+    "clip": lambda: ClipByGlobalNorm(Adagrad(0.1), 1.0),
+    "clip each": lambda: ClipByNorm(Adagrad(0.1), 1.0),
+    "accumulation": lambda: GradientAccumulation(Adagrad(0.1), 2),
+    "average": lambda: ExponentialMovingAverage(Adagrad(0.1), overwrite_frequency=2),
+    "constraint": lambda: Constraint(Adagrad(0.1), {"*": "unit_norm"}),
+    "tiny loss scale": lambda: LossScale(Adagrad(0.1), 1e-15),
+    "SGD": lambda: optim.SGD(0.1, momentum=0.9, weight_decay=0.9),
+    "Adam": lambda: optim.Adam(0.1),
+    "around Adam": lambda: ClipByGlobalNorm(GradientAccumulation(optim.Adam(3e38), 2), 1e30),
+}
+
+
+def assert_finite(tree, note):
+    for path, x in flat(tree):
+        assert x.dtype not in (mx.float16, mx.float32) or mx.isfinite(x).all().item(), (note, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*nobody has scaled the loss")
+@guards
+@pytest.mark.parametrize("make", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_guarded_step_leaves_nothing_infinite(guard, make, compiled):
+    optimizer = guard(make())
+    w = {"a": mx.array([[1.0, -2.0, 1e19], [3e38, -3e38, 0.0]]), "h": mx.array([1.0, 65504.0, -300.0], mx.float16)}
+
+    def step(g, w):
+        return optimizer.apply_gradients(g, w)
+
+    optimizer.init(w)
+    if compiled:
+        step = mx.compile(step, inputs=[optimizer.state], outputs=[optimizer.state])
+    for large, half in [
+        (1.0, 1.0),
+        (1e20, 1.0),
+        (1.8e19, 300.0),
+        (1.5e19, -65504.0),
+        (-1.8e19, 60000.0),
+        (1e-30, 1e-7),
+    ]:
+        for g in (mx.full((2, 3), large), mx.array([[large, 0.0, 1.0], [0.0, -large, large]])):
+            w = step({"a": g, "h": mx.array([half, -half, half], mx.float16)}, w)
+            mx.eval(w, optimizer.state)
+            assert_finite([w, optimizer.state], (large, half))
+
+
+@guards
+def test_a_guarded_step_on_rows_leaves_nothing_infinite(guard):
+    for accumulator in (Dense(), RowWise(), Dense("parameter")):
+        for rows, dtype in ((8, mx.float32), (8, mx.float16), (3000, mx.float32)):
+            optimizer = guard(Adagrad(0.1, accumulator=accumulator))
+            w = mx.full((rows + 1, 16), 3.0, dtype)
+            for large in (1.0, 1.5e19, 1.5e19, -1.8e19, 1e20, 300.0):
+                values = mx.full((rows, 16), large).astype(dtype)
+                gradient = RowSparse(mx.arange(rows), values, rows + 1)
+                w = optimizer.apply_gradients({"w": gradient}, {"w": w})["w"]
+                mx.eval(w, optimizer.state)
+                assert_finite([w, optimizer.state], (accumulator, rows, large))
+
+
+@guards
+def test_a_gradient_without_a_finite_square_changes_nothing(guard):
+    optimizer = guard(ClipByGlobalNorm(Adagrad(0.1), 1.0))
+    w = optimizer.apply_gradients({"w": mx.ones((3,))}, {"w": mx.ones((3,))})
+    before = bits([w, optimizer.state["inner"]])
+    w = optimizer.apply_gradients({"w": mx.array([1.0, 1e20, 1.0])}, w)
+    assert bits([w, optimizer.state["inner"]]) == before
+
+
+def test_without_a_guard_what_is_not_finite_shows():
+    optimizer = GradientAccumulation(Adagrad(0.1), 1)
+    step = mx.compile(lambda g, w: optimizer.apply_gradients(g, w), inputs=[optimizer.state], outputs=[optimizer.state])
+    assert not mx.isfinite(step({"w": mx.array([mx.nan])}, {"w": mx.ones((1,))})["w"]).any().item()
+
+
+def test_the_mean_of_a_row_does_not_overflow():
+    g = mx.full((1, 1000), 1e18)
+    optimizer = Adagrad(0.1, accumulator=RowWise())
+    w = optimizer.apply_gradients({"w": g}, {"w": mx.ones((1, 1000))})["w"]
+    np.testing.assert_allclose(optimizer.state["w"]["v"], [1e36], rtol=1e-5)
+    np.testing.assert_allclose(w, np.full((1, 1000), 0.9), rtol=1e-5)

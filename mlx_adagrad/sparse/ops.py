@@ -183,6 +183,8 @@ def _begin_add(
     targets = gradient.targets()
     valid = (gradient.indices < gradient.num_rows).reshape(-1, *(1,) * (w.ndim - 1))
     w_rows, v_rows = _rows(plan, w, v, lambda: targets)
+    if form.guarded and form.update_accumulator and not v_rows.ndim:
+        v_rows = v[targets]  # for whether the sums are finite
 
     def finish(_: bool) -> tuple[mx.array, mx.array]:
         new_v, places = v, targets
@@ -232,14 +234,17 @@ class _Functions:
             v_rows: mx.array, w_rows: mx.array, g: mx.array, valid: mx.array, s: Scalars, idle: mx.array
         ) -> mx.array:
             w_rows, v_rows = w_rows.astype(g.dtype), accumulator.read(v_rows, g)
-            rows = rule.accumulate(form, w_rows, g, v_rows, s, accumulator.pool)
+            if form.guarded and v_dtype not in HALF:
+                rows = rule.accumulate(form, w_rows, g, mx.zeros_like(v_rows), s, accumulator.pool)
+                return mx.where(mx.logical_and(_acting(valid, s), mx.isfinite(v_rows + rows)), rows, idle)
+            rows = rule.accumulate(form, w_rows, g, v_rows, s, accumulator.pool, v_dtype if v_dtype in HALF else None)
             return mx.where(_acting(valid, s), rows, v_rows if v_dtype in HALF else idle)
 
         def descend(
             v_rows: mx.array, w_rows: mx.array, g: mx.array, valid: mx.array, s: Scalars, idle: mx.array
         ) -> mx.array:
             w_rows = w_rows.astype(g.dtype)
-            rows = rule.descend(form, w_rows, g, v_rows, s)
+            rows = rule.descend(form, w_rows, g, v_rows, s, w_dtype if w_dtype in HALF else None)
             if w_dtype in HALF:
                 return mx.where(_acting(valid, s), rows, w_rows).astype(w_dtype)
             return mx.where(_acting(valid, s), rows - w_rows, idle).astype(w_dtype)

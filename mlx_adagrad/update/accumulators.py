@@ -157,7 +157,10 @@ class RowWise(Dense):
             return square
         if square.size == 0:  # rows without elements have no mean
             return mx.zeros(square.shape[:1] + (1,) * (square.ndim - 1), square.dtype)
-        return mx.mean(square, axis=tuple(range(1, square.ndim)), keepdims=True)
+        # by a power of two first, which is exact: the sum may overflow where the mean does not
+        size = square.size // square.shape[0]
+        power = 2.0 ** (size - 1).bit_length()
+        return mx.sum(square * (1 / power), axis=tuple(range(1, square.ndim)), keepdims=True) * (power / size)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Modifiers:
         high: Upper bound of the scaled gradient's elements.
         apply: Where False, weights, state and step counts stay as they are. A Python ``False`` costs nothing; an array
             is selected on, never read.
+        guarded: Whether an element whose new value would not be finite is held back too.
         calls: Calls made so far, for learning-rate schedules; None: the optimizer's own step count.
         flush: Whether this call brings no gradients, only zeros in their place, and is to complete the window of a
             gradient accumulation inside; see wrappers/flushing.py.
@@ -55,6 +56,7 @@ class Modifiers:
     calls: mx.array | None = None
     findings: Any = None
     flush: bool = False
+    guarded: bool = False
 
     def scaled(self, factor: Scalar) -> Modifiers:
         """These modifiers, then a factor: it scales what was clipped before, hence the bounds too."""
@@ -79,6 +81,10 @@ class Modifiers:
         else:
             apply = mx.logical_and(self.apply, flag)
         return replace(self, apply=apply)
+
+    def guarding(self, finite: mx.array | bool) -> Modifiers:
+        """These modifiers, with the update held back where ``finite`` is False, and no element made infinite by it."""
+        return replace(self.gated(finite), guarded=True)
 
     def flushing(self, apply: mx.array | bool) -> Modifiers:
         """These modifiers for a call that brings no gradients, where ``apply`` says so."""

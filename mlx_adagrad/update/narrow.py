@@ -99,7 +99,7 @@ class Functions:
         if COMPENSATION in kept:
             w = w + kept[COMPENSATION].astype(compute)
         total = rule.accumulate(self.form, w, g, v, s, self.kind.accumulator.pool)
-        return rule.descend(self.form, w, g, total, s), total
+        return rule.descend(self.form, w, g, total, s, self.kind.w_dtype), total
 
     def weights(self, new: mx.array, bits: Callable[[], mx.array]) -> tuple[mx.array, Kept]:
         """The new weights as they are stored, and what is kept beside them."""

@@ -24,22 +24,25 @@ class Functions:
         # What underflows in fp16 would else leave a large gradient over a v of 0.
         self.rounds = v_dtype in HALF
         v_storage = mx.float32 if v_dtype == mx.complex64 else v_dtype  # of each part
+        # w is held back by itself where the step does not happen: MLX fuses expressions of limited depth only
+        always = form._replace(gated=False, guarded=False)
 
         def accumulate(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
             w, g = _computing(w, g)
-            total = rule.accumulate(form, w, g, accumulator.read(v, w), s, accumulator.pool)
+            total = rule.accumulate(form, w, g, accumulator.read(v, w), s, accumulator.pool, v_storage)
             return accumulator.write(total, v_storage)
 
         def descend(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
-            storage = w.dtype
-            w, g = _computing(w, g)
-            return rule.descend(form, w, g, accumulator.read(v, w), s).astype(storage)
+            wide, g = _computing(w, g)
+            return rule.descend(form, wide, g, accumulator.read(v, wide), s, w.dtype).astype(w.dtype)
 
         def both(w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> tuple[mx.array, mx.array]:
-            storage = w.dtype
-            w, g = _computing(w, g)
-            total = rule.accumulate(form, w, g, accumulator.read(v, w), s, accumulator.pool)
-            return rule.descend(form, w, g, total, s).astype(storage), accumulator.write(total, v_storage)
+            wide, g = _computing(w, g)
+            old = accumulator.read(v, wide)
+            total = rule.accumulate(always, wide, g, old, s, accumulator.pool)
+            new = rule.descend(form, wide, g, total, s, w.dtype).astype(w.dtype)
+            total = rule.accumulate(form, wide, g, old, s, accumulator.pool, v_storage)
+            return new, accumulator.write(total, v_storage)
 
         def many(ws: list, gs: list, vs: list, s: Scalars) -> tuple[list[mx.array], list[mx.array]]:
             pairs = [both(w, g, v, s.at(i)) for i, (w, g, v) in enumerate(zip(ws, gs, vs, strict=True))]

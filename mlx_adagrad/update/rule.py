@@ -22,6 +22,13 @@ SMALLEST_NORMAL = {mx.float32: 2.0**-126, mx.float64: 2.0**-1022}
 # common eps, and the second do not overflow, as they would at the smallest normal number: 0 times infinity is NaN.
 STAND_IN = {mx.float32: 2.0**-84, mx.float64: 2.0**-680}
 
+LARGEST = {
+    mx.float16: 65504.0,
+    mx.bfloat16: (2 - 2.0**-7) * 2.0**127,
+    mx.float32: (2 - 2.0**-23) * 2.0**127,
+    mx.float64: (2 - 2.0**-52) * 2.0**1023,
+}
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -63,7 +70,9 @@ class Rule:
         ):
             checks.boolean(self.owner, name, getattr(self, name))
 
-    def form(self, *, scaled: bool = False, clipped: bool = False, gated: bool = False) -> Form:
+    def form(
+        self, *, scaled: bool = False, clipped: bool = False, gated: bool = False, guarded: bool = False
+    ) -> Form:
         """What of this rule decides which code runs, with the numbers left out."""
         decays = self.weight_decay > 0
         return Form(
@@ -73,6 +82,7 @@ class Rule:
             eps_inside_sqrt=self.eps_inside_sqrt,
             eps_is_zero=self.eps == 0,
             update_accumulator=self.update_accumulator,
+            guarded=guarded,
             scaled=scaled,
             clipped=clipped,
             gated=gated,
@@ -88,6 +98,7 @@ class Form(NamedTuple):
     eps_inside_sqrt: bool
     eps_is_zero: bool
     update_accumulator: bool
+    guarded: bool
     scaled: bool
     clipped: bool
     gated: bool
@@ -152,11 +163,24 @@ def effective_gradient(form: Form, w: mx.array, g: mx.array, s: Scalars) -> mx.a
     return g
 
 
-def accumulate(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars, pool: Callable[[Any], Any]) -> mx.array:
-    """``v + g²``; ``pool`` is what the accumulator keeps of g² (all of it, or a mean over each row)."""
+def accumulate(
+    form: Form,
+    w: mx.array,
+    g: mx.array,
+    v: mx.array,
+    s: Scalars,
+    pool: Callable[[Any], Any],
+    storage: mx.Dtype | None = None,
+) -> mx.array:
+    """``v + g²``; ``pool`` is what the accumulator keeps of g² (all of it, or a mean over each row).
+
+    In a guarded step it stops at the largest number that ``storage`` holds, by default the dtype of ``v``.
+    """
     if not form.update_accumulator:
         return v
     total = v + pool(mx.square(effective_gradient(form, w, g, s)))
+    if form.guarded:
+        total = mx.minimum(total, LARGEST[storage or total.dtype])
     return mx.where(s.apply, total, v) if form.gated else total
 
 
@@ -173,8 +197,16 @@ def divided(form: Form, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
     return g / (root if form.eps_inside_sqrt else root + s.eps)
 
 
-def descend(form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars) -> mx.array:
-    """``w - lr g / (sqrt(v) + eps)``, or with eps inside, for the ``v`` that already holds this gradient."""
+def descend(
+    form: Form, w: mx.array, g: mx.array, v: mx.array, s: Scalars, storage: mx.Dtype | None = None
+) -> mx.array:
+    """``w - lr g / (sqrt(v) + eps)``, or with eps inside, for the ``v`` that already holds this gradient.
+
+    In a guarded step ``w`` where the new one does not fit into ``storage``, by default the dtype of ``w``.
+    """
     decayed = w - s.lr * s.weight_decay * w if form.decoupled else w
     new = decayed - divided(form, s.lr * effective_gradient(form, w, g, s), v, s)
-    return mx.where(s.apply, new, w) if form.gated else new
+    if not form.gated:
+        return new
+    fits = mx.logical_and(s.apply, mx.abs(new) <= LARGEST[storage or new.dtype]) if form.guarded else s.apply
+    return mx.where(fits, new, w)

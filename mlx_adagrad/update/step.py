@@ -91,8 +91,9 @@ class Step:
     def _make(self, rule: Rule, group: int | None, w: mx.array) -> Plan:
         m, dtype = self.modifiers, COMPUTE_DTYPE[w.dtype]
         gated = not isinstance(m.apply, bool)
+        modified = m.scale is not None, m.low is not None, gated, gated and m.guarded
         v_dtype = self.accumulator.storage_dtype(w)
-        fixed = _fixed(rule, self.accumulator, dtype, v_dtype, (m.scale is not None, m.low is not None, gated))
+        fixed = _fixed(rule, self.accumulator, dtype, v_dtype, modified)
         lr = self.learning_rate(group).astype(dtype)
         if rule.lr_decay and not rule.step_per_parameter:
             lr = effective_lr(rule, lr, self.before)
@@ -116,10 +117,10 @@ class _Fixed(NamedTuple):
 
 @lru_cache(256)
 def _fixed(
-    rule: Rule, accumulator: Dense, dtype: mx.Dtype, v_dtype: mx.Dtype, modified: tuple[bool, bool, bool]
+    rule: Rule, accumulator: Dense, dtype: mx.Dtype, v_dtype: mx.Dtype, modified: tuple[bool, bool, bool, bool]
 ) -> _Fixed:
-    scaled, clipped, gated = modified
-    form = rule.form(scaled=scaled, clipped=clipped, gated=gated)
+    scaled, clipped, gated, guarded = modified
+    form = rule.form(scaled=scaled, clipped=clipped, gated=gated, guarded=guarded)
     eps, weight_decay = mx.array(rule.eps, dtype), mx.array(rule.weight_decay, dtype)
     functions = ops.functions(form, accumulator, v_dtype)
     return _Fixed(form, eps, weight_decay, functions, kernels.launches(form, v_dtype))

@@ -82,6 +82,7 @@ class GradientAccumulation(Wrapper):
         mean = Modifiers(
             scale=mx.array(1.0 / self.steps),
             apply=modifiers.apply,
+            guarded=modifiers.guarded,
             calls=counted if self.schedule_counts == "calls" else None,  # None: the count of updates
         )
         weights = {name(keys): w for keys, _, w in leaves}
@@ -107,6 +108,7 @@ class GradientAccumulation(Wrapper):
         mean = Modifiers(
             scale=1.0 / mx.maximum(waiting, 1).astype(mx.float32),
             apply=modifiers.apply,
+            guarded=modifiers.guarded,
             calls=end - 1 if self.schedule_counts == "calls" else None,
         )
         new = super().apply_modified(tree, parameters, mean.gated(some))

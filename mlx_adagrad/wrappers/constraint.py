@@ -21,6 +21,7 @@ from ..update.accumulators import COMPUTE_DTYPE
 from ..update.modifiers import Modifiers
 from . import reductions
 from .base import Wrapper
+from .foreign import selected
 
 Function: TypeAlias = Callable[[mx.array], mx.array]
 
@@ -161,7 +162,7 @@ class Constraint(Wrapper):
         if is_absent(find(gradients, keys)):
             return w
         new = self._imposed(keys, w)
-        return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, w)
+        return selected(modifiers, new, w)
 
     def _check_shards(self, parameters: Any) -> None:
         """Raise ValueError where a constraint would need all of a parameter of which this process has a part."""

@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from ..leaves import is_row_sparse, rebuild
 from ..trees import Keys, copied, dotted, find, is_absent, mapped, present, pruned
+from ..update.compiled import compiled
 from ..update.modifiers import Modifiers, Scalar
 from .flushing import accumulations
 
@@ -84,7 +85,20 @@ def _parameter(optimizer: Optimizer, keys: Keys, parameters: Any) -> mx.array:
 def _kept(new: mx.array, old: mx.array, modifiers: Modifiers) -> mx.array:
     if new.dtype != old.dtype:
         new = new.astype(old.dtype)
-    return new if isinstance(modifiers.apply, bool) else mx.where(modifiers.apply, new, old)
+    return selected(modifiers, new, old)
+
+
+def selected(modifiers: Modifiers, new: mx.array, old: mx.array) -> mx.array:
+    """``new``, or ``old`` where the step does not happen; in a guarded step also where ``new`` is not finite."""
+    if isinstance(modifiers.apply, bool):
+        return new
+    guarded = modifiers.guarded and mx.issubdtype(new.dtype, mx.inexact) and new.shape == old.shape
+    return _guarded(modifiers.apply, new, old) if guarded else mx.where(modifiers.apply, new, old)
+
+
+@compiled
+def _guarded(apply: mx.array, new: mx.array, old: mx.array) -> mx.array:
+    return mx.where(mx.logical_and(apply, mx.abs(new) < float("inf")), new, old)  # False for a NaN
 
 
 def _apply_parts(optimizer: MultiOptimizer, gradients: Any, parameters: Any, modifiers: Modifiers) -> dict[Keys, Any]:
@@ -123,7 +137,7 @@ def _apply_around(optimizer: Optimizer, gradients: Any, parameters: Any, modifie
         else:
             before = copied(optimizer.state)
             new = optimizer.apply_gradients(seen, parameters)
-            _select(modifiers.apply, optimizer.state, before)
+            _select(modifiers, optimizer.state, before)
     return {keys: _kept(find(new, keys), find(parameters, keys), modifiers) for keys, _ in present(seen)}
 
 
@@ -161,11 +175,11 @@ def _schedules_at(optimizer: Optimizer, calls: mx.array | None) -> Iterator[None
         optimizer._schedulers = schedules  # where the first was interrupted
 
 
-def _select(apply: mx.array, state: Any, before: Any) -> None:
-    """Put the old arrays back into ``state`` where ``apply`` is False."""
+def _select(modifiers: Modifiers, state: Any, before: Any) -> None:
+    """Put the old arrays back into ``state`` where the step does not happen."""
     for key, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
         old = find(before, (key,))
         if isinstance(value, dict | list | tuple):
-            _select(apply, value, old)
+            _select(modifiers, value, old)
         elif isinstance(value, mx.array) and isinstance(old, mx.array) and value is not old:
-            state[key] = mx.where(apply, value, old)
+            state[key] = selected(modifiers, value, old)

@@ -119,7 +119,7 @@ class DynamicLossScale(Scaling):
         gradients = reductions.coalesced(self._name, gradients)
         unscaled = modifiers.scaled(1.0 / scale)
         finite, unscaled = self._agreement.finite(gradients, parameters, unscaled, self._norms_inside)
-        new = super().apply_modified(gradients, parameters, unscaled.gated(finite))
+        new = super().apply_modified(gradients, parameters, unscaled.guarding(finite))
         grows = count == self.dynamic_growth_steps - 1
         scale = mx.where(finite, mx.where(grows, scale * 2.0, scale), scale * 0.5)
         count = mx.where(mx.logical_and(finite, mx.logical_not(grows)), count + 1, mx.zeros_like(count))

@@ -168,8 +168,8 @@ def _norms(gradients: Any, modifiers: Modifiers) -> Iterator[tuple[Sequence[Keys
 
 @compiled
 def _norms_of_small(gs: list[mx.array], *scalars: list[Any]) -> mx.array:
-    own = [None if s[0] is None else mx.stack(s)[:, None] for s in scalars]
-    x = Modifiers(*own).modified((), mx.stack([g.reshape(-1) for g in gs]))
+    scale, low, high = (None if s[0] is None else mx.stack(s)[:, None] for s in scalars)
+    x = Modifiers(scale, low, high).modified((), mx.stack([g.reshape(-1) for g in gs]))
     x = mx.abs(mx.concatenate([mx.real(x), mx.imag(x)], axis=-1) if x.dtype == mx.complex64 else x)
     unit = unit_of(mx.max(x, axis=-1) if x.size else mx.zeros((len(gs),)))
     quotients = x * (1.0 / unit).astype(x.dtype)[:, None]

@@ -76,7 +76,7 @@ class SkipNonFinite(Wrapper):
         self._agreement.check(parameters)
         gradients = reductions.coalesced(self._name, gradients)
         finite, modifiers = self._agreement.finite(gradients, parameters, modifiers, self._norms_inside)
-        new = super().apply_modified(gradients, parameters, modifiers.gated(finite))
+        new = super().apply_modified(gradients, parameters, modifiers.guarding(finite))
         self._keep(modifiers, skipped_steps=self.skipped_steps + mx.logical_not(finite).astype(mx.uint64))
         if self.on_skip is not None and read(finite) is False:
             self.on_skip(read(self.skipped_steps))
