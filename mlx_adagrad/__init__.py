@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import old_names as old_names
 from .adagrad import Adagrad
+from .distributed.sharding import note_segments
 from .sparse.averaging import refuse_row_sparse_gradients
 from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .sparse.trainers import sparse_gradients
 
 refuse_row_sparse_gradients()
+note_segments()
 
 __version__ = "0.1.0"
 

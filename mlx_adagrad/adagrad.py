@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import checks
 from .dispatch import Dispatch, Options
-from .distributed.sharding import LastCuts
+from .distributed.sharding import check_rows
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect
 from .matching import Known
@@ -89,7 +89,6 @@ class Adagrad(Settings):
     gradient. From torch's: a gradient of 0 never gives NaN, and one step count serves all parameters.
     """
 
-    _cuts = LastCuts()
     _in_progress: tuple[Keys, Dispatch] | None = None  # of the step that calls a subclass's apply_single, else None
 
     @checks.hinted
@@ -184,7 +183,7 @@ class Adagrad(Settings):
         self._updated_on = get_ident()
         self.groups.check_matches(parameters)
         if isinstance(self.accumulator, RowWise):
-            self._cuts.check_rows(parameters)
+            check_rows(parameters)
         if not self._initialized:  # or there is new state
             settle([self], parameters, gradients)
         leaves = collect(gradients, parameters, state.tree, state.storage, options.leaf_check)

@@ -179,6 +179,7 @@ def sharded_table(group: mx.distributed.Group) -> None:
         model.table = shard_embedding(model.table, group)
         here = model.table.weight.shape[0]
         assert here == -(-ROWS // ranks)
+        assert model.table(mx.zeros((2, 0), mx.int32)).shape == (2, 0, COLUMNS)
         grad = value_and_grad(model, loss_of(model))
         for x, y in zip(*data(steps, ranks), strict=True):
             part = slice(rank * BATCH, (rank + 1) * BATCH)
@@ -351,6 +352,15 @@ def what_cannot_be_right_on_a_part(group: mx.distributed.Group) -> None:
         else:
             raise AssertionError(f"not refused: {message}")
         assert optimizer.step.item() == 0
+    model, optimizer = layers(), ClipByGlobalNorm(Adagrad(0.1), 1.0)
+    optimizer.update(model, model.trainable_parameters())
+    tensor_parallel(model, group)  # after a step that was right
+    try:
+        ClipByGlobalNorm(Adagrad(0.1), 1.0).update(model, model.trainable_parameters())
+    except ValueError as error:
+        assert "[ClipByGlobalNorm] 'first.weight' is sharded" in str(error), error
+    else:
+        raise AssertionError("not refused: a model that was sharded after its first step")
     model, optimizer = layers(), Constraint(Adagrad(0.1), {"first.weight": MaxNorm(1.0, axis=1), "*.bias": "non_neg"})
     tensor_parallel(model, group)
     optimizer.update(model, model.trainable_parameters())
@@ -398,17 +408,23 @@ class Both(nn.Module):
         super().__init__()
         mx.random.seed(7)
         self.table: Any = SparseEmbedding(ROWS, 8)
+        self.fused, self.joined = nn.Linear(8, 24), nn.Linear(8, 8)
         self.tensor: Any = {"0": layers(), "a.b": layers()}  # names that a flat file must not take apart
         mx.eval(self.parameters())
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.tensor["0"](self.table(ids)) + self.tensor["a.b"](self.table(ids))
+        x = self.table(ids)
+        q, k, v = mx.split(self.fused(x), 3, axis=-1)
+        x = x + self.joined(mx.tanh(q) * k + v)
+        return self.tensor["0"](x) + self.tensor["a.b"](x)
 
 
 def both(group: Any) -> Both:
     model = Both()
     if group is not None:
         model.table = shard_embedding(model.table, group)
+        model.fused = shard_linear(model.fused, "all-to-sharded", segments=3, group=group)
+        model.joined = shard_linear(model.joined, "sharded-to-all", group=group)
         tensor_parallel(model.tensor["0"], group)
         fully_sharded(model.tensor["a.b"], group)
     return model
@@ -479,6 +495,17 @@ def refused_by_all(group: mx.distributed.Group, folder: str) -> None:
     else:
         raise AssertionError("there is no such folder")
     assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(before, flat(model.parameters()), strict=True))
+    for act in (
+        lambda: checkpoint.save(path, optimizer, model),
+        lambda: checkpoint.load(path, optimizer, model),
+        lambda: checkpoint.snapshot(optimizer, model),
+    ):
+        try:
+            act()
+        except ValueError as error:
+            assert "'table.weight' is sharded" in str(error) and "'group'" in str(error), error
+        else:
+            raise AssertionError("a part was taken for the whole")
 
 
 @scenario

@@ -10,7 +10,8 @@ import mlx.core as mx
 from mlx.nn import Module
 
 from ..distributed.layout import Layout
-from ..distributed.sharding import Predicate
+from ..distributed.sharding import Predicate, cuts_of
+from ..trees import dotted
 from .safetensors import Entry
 
 Result = TypeVar("Result")
@@ -22,11 +23,12 @@ def layout_of(model: Any, group: Group | None, sharded: Predicate | None) -> Lay
 
     Raises:
         TypeError: If ``group`` is no group, ``sharded`` cannot be called, or the model is no module.
-        ValueError: If ``sharded`` is given without ``group``.
+        ValueError: If ``sharded`` is given without ``group``, or the model is sharded and there is no group.
     """
     if group is None:
         if sharded is not None:
             raise ValueError("[checkpoint] 'sharded' needs 'group', the processes that have the parts.")
+        check_whole(model)
         return None
     if not isinstance(group, Group):
         raise TypeError(f"[checkpoint] 'group' must be an mlx.core.distributed.Group but got {type(group).__name__}.")
@@ -38,6 +40,15 @@ def layout_of(model: Any, group: Group | None, sharded: Predicate | None) -> Lay
         got = type(model).__name__
         raise TypeError(f"[checkpoint] 'group' needs a module, which knows what is sharded, but got {got}.")
     return Layout(model, group, sharded)
+
+
+def check_whole(model: Any) -> None:
+    """Raise ValueError for a model of which this process has a part only."""
+    for keys in cuts_of(model):
+        raise ValueError(
+            f"[checkpoint] '{dotted(keys)}' is sharded, so this process has a part of it: call save and load in every "
+            "process with 'group', the processes that have the parts."
+        )
 
 
 def agreed(group: Group, action: Callable[[], Result], digest: Callable[[Result], str] | None = None) -> Result:
@@ -59,7 +70,8 @@ def agreed(group: Group, action: Callable[[], Result], digest: Callable[[Result]
         error = raised
     number = 0 if error is not None or digest is None else crc32(digest(result).encode()) >> 1  # type: ignore[arg-type]
     told = mx.array([int(error is not None), number, -number], mx.int32)
-    failed, largest, smallest = mx.distributed.all_max(told, group=group, stream=mx.cpu).tolist()  # type: ignore[misc]
+    answers: Any = mx.distributed.all_max(told, group=group, stream=mx.cpu).tolist()
+    failed, largest, smallest = answers
     if error is not None:
         raise error
     if failed:

@@ -17,6 +17,7 @@ from ..wrappers.swap import own_parameters
 from . import safetensors, threads, trees
 from .atomic import replacing
 from .config import describe
+from .shared import check_whole
 
 FORMAT = "mlx_adagrad"
 VERSION = 1
@@ -74,9 +75,10 @@ def snapshot(
 
     Raises:
         TypeError: If an argument is of another type, or the state holds what is no array, or the notes what JSON lacks.
-        ValueError: Inside ``mx.compile`` or another transformation.
+        ValueError: Inside ``mx.compile`` or another transformation, or if the model is sharded between processes.
         RuntimeError: On another thread than the one that trains, while that may be in the middle of a step.
     """
+    check_whole(model)
     return taken(optimizer, model, trainable_only, random_state, None, notes)
 
 

@@ -37,7 +37,7 @@ class ShardedEmbedding(SparseEmbedding):
         own = mx.where(named(flat, self.num_embeddings), flat, self.group.size() * here).astype(mx.int32)
         indices = mx.distributed.all_gather(own, group=self.group) - self.group.rank() * here
         rows = super().__call__(indices)  # 0 for those that other processes hold
-        return self._exchange(rows, flat.size).reshape(*x.shape, -1)
+        return self._exchange(rows, flat.size).reshape(*x.shape, self.weight.shape[1])
 
     def _exchange(self, rows: mx.array, count: int) -> mx.array:
         """Of the rows for all processes, this one's, summed over the processes that hold them."""

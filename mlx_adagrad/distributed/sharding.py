@@ -6,8 +6,8 @@ MLX's own modules tell: those of ``nn.layers.distributed.shard_linear``, ``nn.fu
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, NamedTuple, TypeAlias
 
 import mlx.core as mx
@@ -26,6 +26,8 @@ Sharded: TypeAlias = "Module | Predicate"
 
 ALL_TO_SHARDED = (layers.AllToShardedLinear, layers.QuantizedAllToShardedLinear)
 SHARDED_TO_ALL = (layers.ShardedToAllLinear, layers.QuantizedShardedToAllLinear)
+SHARDED = (*ALL_TO_SHARDED, *SHARDED_TO_ALL, layers.FullyShardedModule, ShardedEmbedding)
+SEGMENTS = "_mlx_adagrad_segments"  # the attribute of a layer that says what shard_linear was given
 
 
 class Cut(NamedTuple):
@@ -51,30 +53,34 @@ def cuts(model: Module, predicate: Predicate | None = None) -> dict[Keys, Cut]:
     return found
 
 
-class LastCuts:
-    """The :func:`cuts` of the model that was asked for last, which a training loop asks for in every step."""
+def cuts_of(parameters: Any) -> dict[Keys, Cut]:
+    """The :func:`cuts` of a module; a tree of arrays tells of none.
 
-    def __init__(self) -> None:
-        self._last: tuple[Any, dict[Keys, Cut]] = (lambda: None), {}  # a weak reference to the model, and its cuts
+    They are looked up in every step, since layers may have been replaced since the last one.
+    """
+    return cuts(parameters) if isinstance(parameters, Module) and _has_parts(parameters) else {}
 
-    def of(self, parameters: Any) -> dict[Keys, Cut]:
-        """The cuts of a module; a tree of arrays tells of none."""
-        if not isinstance(parameters, Module):
-            return {}
-        model, found = self._last
-        if model() is not parameters:
-            found = cuts(parameters)
-            self._last = weakref.ref(parameters), found
-        return found
 
-    def check_rows(self, parameters: Any) -> None:
-        """Raise ValueError for a parameter of whose rows each process has a part: none knows the mean of a row."""
-        for keys, cut in self.of(parameters).items():
-            if cut.axis > 0:
-                raise ValueError(
-                    f"[RowWise] '{dotted(keys)}' is sharded along axis {cut.axis}, so no process has a whole row: use "
-                    "Dense() for the accumulator."
-                )
+def _has_parts(tree: Any) -> bool:
+    """Whether a layer of the model is of a sharded class: quicker than :func:`cuts`, for models that have none."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, SHARDED):
+            return True
+        below = node.values() if isinstance(node, dict) else node
+        waiting.extend(child for child in below if isinstance(child, dict | list | tuple))
+    return False
+
+
+def check_rows(parameters: Any) -> None:
+    """Raise ValueError for a parameter of whose rows each process has a part: none knows the mean of a row."""
+    for keys, cut in cuts_of(parameters).items():
+        if cut.axis > 0:
+            raise ValueError(
+                f"[RowWise] '{dotted(keys)}' is sharded along axis {cut.axis}, so no process has a whole row: use "
+                "Dense() for the accumulator."
+            )
 
 
 def is_sharded(sharded: Sharded | None) -> Callable[[Keys, Any], bool]:
@@ -92,6 +98,27 @@ def is_sharded(sharded: Sharded | None) -> Callable[[Keys, Any], bool]:
         return lambda keys, array: _says(sharded, keys, array)
     given = type(sharded).__name__
     raise TypeError(f"[{OWNER}] 'sharded' must be a module or a predicate (path, array) but got {given}.")
+
+
+def note_segments() -> None:
+    """Let the layers that ``shard_linear`` makes keep its ``segments``, which MLX forgets; called once, at import.
+
+    Without them the parts of a fused QKV matrix would be put together in another order than that of the whole matrix.
+    """
+    for layer in (*ALL_TO_SHARDED, *SHARDED_TO_ALL):
+        for name in ("from_linear", "from_quantized_linear"):
+            if name in vars(layer):
+                setattr(layer, name, classmethod(_noting(vars(layer)[name].__func__)))
+
+
+def _noting(make: Callable) -> Callable:
+    @wraps(make)
+    def made(cls: type, linear: Module, *, segments: Any = 1, group: mx.distributed.Group | None = None) -> Module:
+        layer = make(cls, linear, segments=segments, group=group)
+        object.__setattr__(layer, SEGMENTS, segments)  # not among the parameters, where a module keeps lists
+        return layer
+
+    return made
 
 
 def _says(predicate: Predicate, keys: Keys, array: Any) -> bool:
@@ -124,10 +151,11 @@ def _cut_in(module: Any, key: Any, array: mx.array, fully: bool) -> Cut | None:
         return Cut(0)
     if isinstance(module, ALL_TO_SHARDED + SHARDED_TO_ALL) and module.group.size() == 1:
         return None
+    segments = getattr(module, SEGMENTS, 1)
     if isinstance(module, ALL_TO_SHARDED):
-        return Cut(0 if key == "bias" else max(array.ndim - 2, 0))
+        return Cut(0 if key == "bias" else max(array.ndim - 2, 0), segments)
     if isinstance(module, SHARDED_TO_ALL) and key != "bias":
-        return Cut(array.ndim - 1)
+        return Cut(array.ndim - 1, segments)
     return None
 
 

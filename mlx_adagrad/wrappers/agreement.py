@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..distributed.sharding import LastCuts, Sharded, is_sharded
+from ..distributed.sharding import Sharded, cuts_of, is_sharded
 from ..trees import Keys, dotted, present
 from ..update.modifiers import UNMODIFIED, Modifiers, at
 from ..update.rule import SMALLEST_NORMAL
@@ -46,8 +46,6 @@ class Agreement:
         ValueError: If ``sharded`` is given without ``group``.
     """
 
-    _cuts = LastCuts()
-
     def __init__(self, owner: str, group: mx.distributed.Group | None, sharded: Sharded | None):
         if group is not None and not isinstance(group, mx.distributed.Group):
             given = type(group).__name__
@@ -66,7 +64,7 @@ class Agreement:
         """Raise ValueError for a model with sharded parameters if there is no group."""
         if self.group is not None:
             return
-        for keys in self._cuts.of(parameters):
+        for keys in cuts_of(parameters):
             raise ValueError(
                 f"[{self.owner}] '{dotted(keys)}' is sharded, so each process has a part of its gradient: give "
                 "'group', the processes that must decide alike."
@@ -111,7 +109,7 @@ class Agreement:
         self, gradients: Any, parameters: Any, modifiers: Modifiers, of_norms: Modifiers, norms: bool
     ) -> Findings:
         """One exchange: of a flag, and of the norms of the parts that this process has."""
-        cuts = self._cuts.of(parameters)
+        cuts = cuts_of(parameters)
         is_part = is_sharded(self.sharded) if self.sharded is not None else lambda keys, g: keys in cuts
         known = reductions.norms(gradients, of_norms) if norms else {}
         parts = [keys for keys, g in present(gradients) if keys in known and is_part(keys, g)]

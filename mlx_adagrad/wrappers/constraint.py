@@ -13,7 +13,7 @@ from mlx.optimizers import Optimizer
 
 from .. import checks
 from ..checks import shown
-from ..distributed.sharding import LastCuts
+from ..distributed.sharding import cuts_of
 from ..groups import Predicate
 from ..leaves import rebuild
 from ..trees import FROZEN, Keys, dotted, existing, find, is_absent, present
@@ -124,8 +124,6 @@ class Constraint(Wrapper):
             constraint that makes no array, or one of a dtype that the weight cannot take.
     """
 
-    _cuts = LastCuts()
-
     def __init__(self, optimizer: Optimizer, constraints: Mapping[Any, str | Function]):
         if not isinstance(constraints, Mapping):
             wanted = "map patterns to constraints"
@@ -166,7 +164,7 @@ class Constraint(Wrapper):
 
     def _check_shards(self, parameters: Any) -> None:
         """Raise ValueError where a constraint would need all of a parameter of which this process has a part."""
-        for keys, cut in self._cuts.of(parameters).items():
+        for keys, cut in cuts_of(parameters).items():
             w = find(parameters, keys)
             pattern = next((p for p in self.constraints if _matches(p, dotted(keys), w)), None)
             if pattern is not None and not _acts_on_parts(self.constraints[pattern], cut.axis, w.ndim):
