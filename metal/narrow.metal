@@ -1,5 +1,5 @@
-// One dense tensor, or some rows of a table (ROWS), whose weights or accumulator are rounded with care; else as dense.metal.
-// The number of an element in the whole tensor is what its random bits depend on.
+// One dense tensor, or some rows of a table (ROWS), whose weights or accumulator are rounded with care; else as
+// dense.metal. The number of an element in the whole tensor is what its random bits depend on.
 uint column = thread_position_in_grid.x * N;
 uint columns = uint(w_shape[w_ndim - 1]);
 long across_w = w_strides[w_ndim - 1], across_g = g_strides[w_ndim - 1];

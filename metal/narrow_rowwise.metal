@@ -1,5 +1,5 @@
-// One row with one accumulator, by one simdgroup, of a tensor or of some rows of it (ROWS), whose weights or accumulator are rounded with care; else as
-// rowwise.metal, but that rows lie one after another.
+// One row with one accumulator, by one simdgroup, of a tensor or of some rows of it (ROWS), whose weights or accumulator
+// are rounded with care; else as rowwise.metal, but that rows lie one after another.
 uint lane = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;
 ulong columns = 1;
