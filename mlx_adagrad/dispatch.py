@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -215,13 +216,11 @@ class Dispatch(NamedTuple):
         """Update the leaves at these places (None: all) in one call."""
         ws, gs, vs, kinds = leaves.parameters, leaves.gradients, leaves.accumulators, leaves.shapes
         if places is not None:
-            ws, gs = [ws[i] for i in places], [gs[i] for i in places]
-            states = [states[i] for i in places]
-            vs = [state["v"] for state in states]
-            if len(leaves.dtypes[0]) == 1:
-                kinds = [kinds[i] for i in places]
-            else:
-                kinds = [(w.shape, g.dtype) for w, g in zip(ws, gs, strict=True)]
+            at: Any = itemgetter(*places) if len(places) > 1 else lambda column: (column[places[0]],)
+            ws, gs, states = at(ws), at(gs), at(states)
+            vs = at(vs) if leaves.complete else tuple([state["v"] for state in states])
+            one = len(leaves.dtypes[0]) == 1
+            kinds = at(kinds) if one else [(w.shape, g.dtype) for w, g in zip(ws, gs, strict=True)]
         scalars = plan.scalars
         if self.step.differ(plan):
             keys = leaves.keys if places is None else [leaves.keys[i] for i in places]

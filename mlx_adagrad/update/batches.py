@@ -72,7 +72,7 @@ def pick(column: Any, places: Sequence[int]) -> Any:
         return column
     if isinstance(places, range):
         return column[places.start : places.stop]
-    return [column[i] for i in places]
+    return type(column)([column[i] for i in places])
 
 
 class Batch(NamedTuple):
