@@ -7,7 +7,6 @@ from . import old_names as old_names
 from .adagrad import Adagrad
 from .distributed.sharding import note_segments
 from .sparse.averaging import refuse_row_sparse_gradients
-from .sparse.embedding import SparseEmbedding, value_and_grad
 from .sparse.gradient import RowSparse
 from .update.accumulators import Dense, Quantized, RowWise
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from .by_name import stand_in
     from .export import export_step, load_step
     from .sparse.bag import SparseEmbeddingBag
+    from .sparse.embedding import SparseEmbedding, value_and_grad
     from .sparse.trainers import sparse_gradients
 
 refuse_row_sparse_gradients()
@@ -41,11 +41,13 @@ __all__ = [
 
 # What few programs need is imported when it is asked for: it would take as long to import as all else together.
 ON_DEMAND = {
+    "SparseEmbedding": "sparse.embedding",
     "SparseEmbeddingBag": "sparse.bag",
     "export_step": "export",
     "load_step": "export",
     "sparse_gradients": "sparse.trainers",
     "stand_in": "by_name",
+    "value_and_grad": "sparse.embedding",
 }
 
 

@@ -15,11 +15,9 @@ from .checks import shown
 from .groups import Groups
 from .leaves import Leaf, Leaves
 from .sparse import kernels as row_kernels
-from .sparse import narrow as row_narrow
-from .sparse import ops as row_ops
 from .sparse.gradient import RowSparse
 from .trees import dotted
-from .update import kernels, narrow, narrow_kernels
+from .update import kernels
 from .update.accumulators import Dense
 from .update.batches import Batch
 from .update.rounding import Keys
@@ -97,6 +95,8 @@ class Options:
     def has_kernel(self, gradient: Any, parameter: mx.array) -> bool:
         """Whether there is a kernel for these arrays."""
         if not self.storage.is_plain(parameter):
+            from .update import narrow_kernels  # here and below for import time: dense fp32 state needs neither
+
             return narrow_kernels.supports(self.storage, parameter, gradient, self.differentiable, self.lazy)
         accumulator = self.accumulator.at(parameter)
         if isinstance(gradient, RowSparse) and self.lazy:
@@ -145,6 +145,10 @@ class Dispatch(NamedTuple):
         """Update the tables whose gradients are row-sparse; the host waits at most once, for what all of them read."""
         options = self.options
         places = [] if leaves.complete or not options.lazy else [*self._plain_rows(leaves)]
+        if not places:
+            return {}
+        from .sparse import ops as row_ops
+
         begun = []
         for i in places:
             g, w, _, keys = leaves[i]
@@ -251,10 +255,14 @@ class Dispatch(NamedTuple):
 
     def _update_narrow(self, plan: Plan, w: mx.array, g: Any, state: dict, key: mx.array, fused: bool) -> mx.array:
         """Update a parameter whose weights or ``v`` are rounded with care."""
+        from .update import narrow, narrow_kernels
+
         storage = self.options.storage
         functions = narrow.functions(plan.form, narrow.Kind.of(storage, w, self.options.differentiable))
         kept = storage.kept(state)
         if isinstance(g, RowSparse):
+            from .sparse import narrow as row_narrow
+
             w, kept = row_narrow.update(functions, w, g, kept, plan.scalars, key, fused)
         elif fused:
             w, kept = narrow_kernels.Launch(functions, w, g, kept, plan.scalars, key).run()
@@ -267,6 +275,8 @@ class Dispatch(NamedTuple):
         """Update a parameter whose weights and ``v`` are rounded to nearest."""
         step, options = self.step, self.options
         if isinstance(g, RowSparse):
+            from .sparse import ops as row_ops
+
             new = row_ops.update(plan, options.accumulator.at(w), w, g, state["v"], fused, options.differentiable)
         elif not fused:
             new = plan.functions.update(w, g, state["v"], plan.scalars, step.streams)

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..sparse.embedding import SparseEmbedding
 from ..sparse.gradient import named
+from .sharding import TABLES
 
 OWNER = "shard_embedding"
 
@@ -62,6 +63,9 @@ class ShardedEmbedding(SparseEmbedding):
     def _extra_repr(self) -> str:
         rows, columns = self.weight.shape
         return f"{self.num_embeddings}, {columns}, rows here={rows}"
+
+
+TABLES.append(ShardedEmbedding)
 
 
 def shard_embedding(embedding: nn.Embedding, group: mx.distributed.Group | None = None) -> ShardedEmbedding:

@@ -15,7 +15,6 @@ from mlx.nn import Module
 from mlx.nn.layers import distributed as layers
 
 from ..trees import Keys, children, dotted
-from .embedding import ShardedEmbedding
 
 OWNER = "distributed"
 
@@ -26,7 +25,7 @@ Sharded: TypeAlias = "Module | Predicate"
 
 ALL_TO_SHARDED = (layers.AllToShardedLinear, layers.QuantizedAllToShardedLinear)
 SHARDED_TO_ALL = (layers.ShardedToAllLinear, layers.QuantizedShardedToAllLinear)
-SHARDED = (*ALL_TO_SHARDED, *SHARDED_TO_ALL, layers.FullyShardedModule, ShardedEmbedding)
+TABLES: list[type] = []  # ShardedEmbedding, once its module is imported, which few programs need
 SEGMENTS = "_mlx_adagrad_segments"  # the attribute of a layer that says what shard_linear was given
 
 
@@ -63,10 +62,11 @@ def cuts_of(parameters: Any) -> dict[Keys, Cut]:
 
 def _has_parts(tree: Any) -> bool:
     """Whether a layer of the model is of a sharded class: quicker than :func:`cuts`, for models that have none."""
+    kinds = (*ALL_TO_SHARDED, *SHARDED_TO_ALL, layers.FullyShardedModule, *TABLES)
     waiting = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, SHARDED):
+        if isinstance(node, kinds):
             return True
         below = node.values() if isinstance(node, dict) else node
         waiting.extend(child for child in below if isinstance(child, dict | list | tuple))
@@ -145,7 +145,7 @@ def _cuts(tree: Any, keys: Keys, fully: bool) -> Iterator[tuple[Keys, Cut]]:
 
 def _cut_in(module: Any, key: Any, array: mx.array, fully: bool) -> Cut | None:
     """How the array that stands in ``module`` was cut."""
-    if isinstance(module, ShardedEmbedding):
+    if isinstance(module, tuple(TABLES)):
         return Cut(0, rows=module.num_embeddings) if module.group.size() > 1 else None
     if fully:
         return Cut(0)
