@@ -17,7 +17,7 @@ import mlx.nn as nn
 import pytest
 
 import distributed_runs
-from mlx_adagrad import RowSparse, SparseEmbedding, checkpoint
+from mlx_adagrad import RowSparse, SparseEmbedding, checkpoint, sparse_gradients
 from mlx_adagrad.distributed import average_gradients, shard_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,3 +173,5 @@ def test_stock_average_gradients_refuses_row_sparse_gradients_with_one_process_t
     dense = {"a": [mx.ones(2)], "b": None}
     assert nn.average_gradients(dense) is dense
     assert nn.average_gradients(dense["a"][0]) is dense["a"][0]
+    with sparse_gradients():  # for trainers that call it by name
+        assert nn.average_gradients({"a": [gradient]}) == {"a": [gradient]}

@@ -25,6 +25,7 @@ def sparse_gradients() -> Iterator[None]:
     ``from mlx.nn import value_and_grad``. At the end, whatever ends it, ``mlx.nn`` is as before. Contexts may be
     nested. The change is one of the whole process: other threads see it too, until the last of several contexts ends;
     for models without a :class:`~mlx_adagrad.SparseEmbedding` it makes no difference. Also a decorator.
+    ``mlx.nn.average_gradients``, which refuses row-sparse gradients elsewhere, averages them meanwhile.
 
     Raises:
         TypeError: In place of MLX's error, where a compiled step of the trainer takes a :class:`RowSparse`.
@@ -46,6 +47,11 @@ def sparse_gradients() -> Iterator[None]:
         ) from error
     finally:
         _leave(token)  # an interrupt may have come at any line of the first time
+
+
+def is_open() -> bool:
+    """Whether any thread is inside :func:`sparse_gradients`."""
+    return bool(_open)
 
 
 # no lock, which an interrupt just before the end of its ``with`` would leave locked
