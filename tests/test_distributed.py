@@ -43,7 +43,7 @@ def start(ranks: int, folder: Path, *arguments: object) -> list[subprocess.Popen
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, str(ROOT / "tests" / "distributed_runs.py"), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": path, "MLX_HOSTFILE": str(hosts)}
+    environment = {**os.environ, "PYTHONPATH": path, "MLX_HOSTFILE": str(hosts), "PYTHONWARNINGS": "ignore"}
     return [
         subprocess.Popen(
             command,
