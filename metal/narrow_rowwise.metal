@@ -1,4 +1,4 @@
-// One row with one accumulator, by one simdgroup, of a tensor or of some rows of it (ROWS), whose weights or accumulator
+// One row with one accumulator, by one simdgroup, of a tensor or of some rows (ROWS), whose weights or accumulator
 // are rounded with care; else as rowwise.metal, but that rows lie one after another.
 uint lane = thread_position_in_grid.x;
 uint row = thread_position_in_grid.y;

@@ -17,9 +17,11 @@ KEYS = ("v", EXPONENTS, COMPENSATION)  # of the arrays in the state of a paramet
 
 @dataclass(frozen=True)
 class Storage:
-    """Args:
-    accumulator: How ``v`` is stored.
-    rounding: How new weights in half precision are rounded: "nearest", "stochastic" or "compensated".
+    """How an optimizer keeps weights and state, asked for one parameter at a time.
+
+    Args:
+        accumulator: How ``v`` is stored.
+        rounding: How new weights in half precision are rounded: "nearest", "stochastic" or "compensated".
     """
 
     accumulator: Dense
