@@ -60,14 +60,15 @@ def cost(kind: Kind) -> Cost:
     w = mx.zeros(LAYER, kind.dtype)
     optimizer = kind.make(0)
     optimizer.init({"w": w})
-    state = sum(x.nbytes for _, x in tree_flatten(optimizer.state["w"]))
+    kept: Any = tree_flatten(optimizer.state["w"])
+    state = sum(x.nbytes for _, x in kept)
     return Cost(w.itemsize, w.itemsize, state / w.size)
 
 
 def bitsandbytes_cost() -> Cost:
     """The same of bitsandbytes' 8-bit Adagrad, with weights in bf16."""
-    import bitsandbytes
-    import torch
+    import bitsandbytes  # type: ignore[import-not-found]
+    import torch  # type: ignore[import-not-found]
 
     w = torch.nn.Parameter(torch.zeros(LAYER, dtype=torch.bfloat16))
     w.grad = torch.ones_like(w)

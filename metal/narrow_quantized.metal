@@ -1,5 +1,5 @@
-// One block of an accumulator in 8 bits, by one threadgroup, of a tensor or of some rows of it (ROWS). Every thread reads
-// N neighbouring elements once, updates them, and writes codes when the largest number of the block is known.
+// One block of an accumulator in 8 bits, by one threadgroup, of a tensor or of some rows of it (ROWS). Every thread
+// reads N neighbouring elements once, updates them, and writes codes when the largest number of the block is known.
 // blocks: elements of a line, blocks of a line, elements of a block.
 threadgroup int largest_of[32];
 uint block = thread_position_in_grid.y;

@@ -185,8 +185,8 @@ class Quantized(Dense):
         TypeError: For what is no integer.
 
     complex64 parameters keep a complex64 :math:`v`. Differs from bitsandbytes' 8-bit Adagrad (blocks of 256 elements,
-    fp32 scales, a table of 256 values, rounding to nearest): after 5,000 steps of gradients over two decades the root of
-    its :math:`v` is 7 % too small on average, with a noise of 16 %.
+    fp32 scales, a table of 256 values, rounding to nearest): after 5,000 steps of gradients over two decades the root
+    of its :math:`v` is 7 % too small on average, with a noise of 16 %.
     """
 
     dtype: str = field(default="float32", init=False, repr=False)
