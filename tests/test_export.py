@@ -88,6 +88,12 @@ CASES: dict[str, Any] = {
         "schedule",
     ),
     "table": lambda: (nn.Sequential(SparseEmbedding(50, 4), nn.Linear(4, 1)), Adagrad(0.1), None, None),
+    "table, max_norm": lambda: (
+        nn.Sequential(SparseEmbedding(50, 4, max_norm=0.05), nn.Linear(4, 1)),
+        Adagrad(0.1),
+        None,
+        None,
+    ),
     "table, row-wise": lambda: (
         nn.Sequential(SparseEmbedding(50, 4), nn.Linear(4, 1)),
         Adagrad(0.1, accumulator=RowWise()),
@@ -310,6 +316,7 @@ def test_a_rate_that_the_host_sets_and_one_that_lives_in_the_step(tmp_path):
         ({"example_batch": {"x": 1.0, "y": 2.0}}, TypeError, "'x' of the batch must be an array"),
         ({"example_batch": {"loss": mx.ones(1), "y": mx.ones(1)}}, ValueError, "may not be named 'loss'"),
         ({"example_batch": [{"x": mx.ones(1)}, {"y": mx.ones(1)}]}, ValueError, "must have the names"),
+        ({"example_batch": {0: mx.ones(1)}}, TypeError, "names of a batch must be strings but one is 0"),
     ],
 )
 def test_bad_arguments(change, error, match, tmp_path):
@@ -323,6 +330,91 @@ def test_bad_arguments(change, error, match, tmp_path):
     with pytest.raises(error, match=match):
         export_step(tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_same_shape_twice_is_one_shape(tmp_path):
+    model, optimizer, batches, _ = make("bfloat16")
+    export_step(tmp_path, model, optimizer, regression, [batch_at(batches, 0), batch_at(batches, 1)])
+    assert len(load_step(tmp_path).manifest["batches"]) == 1
+
+
+@pytest.mark.parametrize(
+    "value, got",
+    [
+        (0.5, "float"),
+        (mx.array([0.5]), r"float32 \(1,\)"),
+        (mx.array(0.5, mx.float16), r"float16 \(\)"),
+        (None, "nothing"),
+    ],
+)
+def test_what_the_host_puts_into_the_state_must_fit(value, got, tmp_path):
+    model, optimizer, batches, _ = make("bfloat16")
+    export_step(tmp_path, model, optimizer, regression, batch_at(batches, 0))
+    step = load_step(tmp_path)
+    del step.state["optimizer.learning_rate"]
+    if value is not None:
+        step.state["optimizer.learning_rate"] = value
+    with pytest.raises(ValueError, match=rf"'optimizer.learning_rate' .* must be float32 \(\) but got {got}"):
+        step(**batch_at(batches, 0))
+
+
+@pytest.mark.parametrize("options", [{"rounding": "stochastic"}, {"accumulator": Quantized(min_size=0)}])
+def test_random_rounding_draws_new_bits_in_each_step(options, tmp_path):
+    """Those of the eager run: nothing here but element-wise operations, which round alike everywhere."""
+
+    def loss(model, x):
+        return (model.weight.astype(mx.float32) * x).sum()
+
+    model, optimizer = nn.Linear(64, 2, bias=False), Adagrad(0.001, rounding_seed=3, **options)
+    model.set_dtype(mx.bfloat16)
+    x = mx.random.normal((STEPS, 2, 64))
+    export_step(tmp_path, model, optimizer, loss, x[0])
+    step, grad = load_step(tmp_path), nn.value_and_grad(model, loss)
+    for t in range(STEPS):
+        step(x=x[t])
+        optimizer.update(model, grad(model, x[t])[1])
+        assert bits({"w": step.state["model.weight"]}) == bits({"w": model.weight})
+        assert bits({"v": step.state["optimizer.weight.v"]}) == bits({"v": optimizer.state["weight"]["v"]})
+
+
+def test_arrays_that_the_loss_sets_beside_the_parameters_are_refused_and_put_back(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+            self._seen = mx.zeros(2)
+
+        def __call__(self, x):
+            self._seen = self._seen + x.sum(axis=0)
+            self.linear._last = x
+            return self.linear(x)
+
+    model = Counting()
+    with pytest.raises(ValueError, match=r"sets '(_seen|linear\._last)' of the model, which is no parameter"):
+        export_step(tmp_path / "new", model, Adagrad(0.1), lambda model, x: model(x).sum(), mx.ones((3, 2)))
+    assert model._seen.tolist() == [0, 0] and "_last" not in model.linear
+    assert not (tmp_path / "new").exists()
+
+
+def test_sums_of_rows_are_exported_once_a_compiled_step_has_made_them(tmp_path):
+    model, _, batches, _ = make("table")
+    optimizer = GradientAccumulation(Adagrad(0.1), 2)
+    with pytest.raises(ValueError, match=r"makes new state, 'optimizer\._mlx_adagrad\.gradients\..*mx\.compile"):
+        export_step(tmp_path / "new", model, optimizer, regression, batch_at(batches, 0))
+    assert not (tmp_path / "new").exists()
+    grad = value_and_grad(model, lambda **batch: regression(model, **batch))
+    state = [model.state, optimizer.state]
+
+    def train(x, y):
+        loss, gradients = grad(x=x, y=y)
+        optimizer.update(model, gradients)
+        return loss
+
+    compiled = mx.compile(train, inputs=state, outputs=state)
+    mx.eval(compiled(**batch_at(batches, 0)), state)
+    export_step(tmp_path, model, optimizer, regression, batch_at(batches, 0))
+    losses, _ = trained(tmp_path, batches)
+    assert losses == pytest.approx([compiled(**batch_at(batches, t)).item() for t in range(STEPS)], rel=1e-5)
 
 
 def test_what_mlx_cannot_export_is_refused_in_words(tmp_path):

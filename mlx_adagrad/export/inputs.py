@@ -10,12 +10,16 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.optimizers import Optimizer
 
-from ..trees import Keys, dotted, fill, mapped, present
+from ..trees import Keys, dotted, fill, find, mapped, present
 
 OWNER = "export_step"
 # Names that a batch may not use; the prefixes of the other names end in a dot.
 RANDOM, LOSS = "random", "loss"
 PREFIXES = ("model.", "optimizer.")
+
+
+class Refused(ValueError):
+    """A step that would not do the same in a file."""
 
 
 class Run:
@@ -38,9 +42,44 @@ class Run:
         return {"model": self.model.parameters(), "optimizer": self.optimizer.state}
 
     def arrays(self) -> dict[str, mx.array]:
-        """The arrays as they stand now."""
-        trees = self._trees()
-        return {self.names[root, keys]: leaf for root in trees for keys, leaf in present(trees[root])}
+        """The arrays as they stand now.
+
+        Raises:
+            Refused: If there is one that has no name, since it was not there when this was made.
+        """
+        found: dict[str, mx.array] = {}
+        for root, tree in self._trees().items():
+            for keys, leaf in present(tree):
+                if (root, keys) not in self.names:
+                    raise Refused(
+                        f"[{OWNER}] the step makes new state, '{root}.{dotted(keys)}', so that its first run is not "
+                        "like the next ones: take one step inside mx.compile before the export."
+                    )
+                found[self.names[root, keys]] = leaf
+        return found
+
+    def beside(self) -> dict[Keys, mx.array]:
+        """The arrays in the model that are no parameters: those under names that begin with ``_``."""
+        arrays = ((keys, leaf) for keys, leaf in present(self.model) if isinstance(leaf, mx.array))
+        return {keys: leaf for keys, leaf in arrays if ("model", keys) not in self.names}
+
+    def check_beside(self, before: Mapping[Keys, mx.array]) -> None:
+        """Raise Refused if :meth:`beside` is another than before."""
+        for keys, array in self.beside().items():
+            if before.get(keys) is not array:
+                raise Refused(
+                    f"[{OWNER}] the loss sets '{dotted(keys)}' of the model, which is no parameter, so that the file "
+                    "could not hand it on: name it without '_' and freeze it, or, if it is a constant that the first "
+                    "call makes, call the model once before the export."
+                )
+
+    def put_back(self, before: Mapping[Keys, mx.array]) -> None:
+        """Make :meth:`beside` what it was."""
+        for keys in self.beside().keys() - before.keys():
+            del find(self.model, keys[:-1])[keys[-1]]
+        for keys, array in before.items():
+            if find(self.model, keys) is not array:
+                find(self.model, keys[:-1])[keys[-1]] = array
 
     def replace(self, arrays: Mapping[str, mx.array]) -> None:
         """Put arrays in the places of those of the same names."""
@@ -54,7 +93,7 @@ class Run:
 
 
 def batches(loss_fn: Callable[..., Any], model: Module, example: Any) -> list[dict[str, mx.array]]:
-    """The example batches by name: of one batch, or of a list of them that differ in shape.
+    """The example batches by name: of one batch, or of a list of them; one for each shape.
 
     Raises:
         TypeError: For what is no batch, and for leaves that are no arrays.
@@ -68,11 +107,19 @@ def batches(loss_fn: Callable[..., Any], model: Module, example: Any) -> list[di
         if batch.keys() != named[0].keys():
             raise ValueError(f"[{OWNER}] all batches must have the names {list(named[0])} but one has {list(batch)}.")
         for name, array in batch.items():
+            if not isinstance(name, str):
+                raise TypeError(f"[{OWNER}] the names of a batch must be strings but one is {name!r:.80}.")
             if not isinstance(array, mx.array):
                 raise TypeError(f"[{OWNER}] '{name}' of the batch must be an array but got {type(array).__name__}.")
             if name in (RANDOM, LOSS) or name.startswith(PREFIXES):
                 raise ValueError(f"[{OWNER}] an array of the batch may not be named {name!r}: the step uses that name.")
-    return named
+    shapes = [{name: described(array) for name, array in batch.items()} for batch in named]
+    return [batch for i, batch in enumerate(named) if shapes[i] not in shapes[:i]]
+
+
+def described(array: mx.array) -> dict[str, Any]:
+    """The shape and the dtype of an array, as the manifest has them."""
+    return {"shape": list(array.shape), "dtype": str(array.dtype).removeprefix("mlx.core.")}
 
 
 def _named(loss_fn: Callable[..., Any], model: Module, batch: Any) -> dict[str, Any]:

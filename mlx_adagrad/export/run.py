@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint.atomic import replacing
+from .inputs import described
 from .step import FORMAT, MANIFEST, START, STEP, VERSION, sha256
 
 OWNER = "load_step"
@@ -33,18 +34,30 @@ class ExportedStep:
         """Take one step and return the loss, evaluated together with the new state.
 
         Raises:
-            ValueError: For a batch of other names, shapes or dtypes than the step was exported for.
+            ValueError: For a batch, or a state, of other names, shapes or dtypes than the step was exported for.
         """
         given = {name: _described(array) for name, array in batch.items()}
         if given not in self.manifest["batches"]:
             known = "; ".join(map(_text, self.manifest["batches"]))
             raise ValueError(f"[{OWNER}] the step takes a batch of {known} but got {_text(given)}.")
-        outputs = self._function(**self.state, **batch)
+        try:
+            outputs = self._function(**self.state, **batch)
+        except ValueError:
+            self._check_state()
+            raise
         new = dict(zip(self.manifest["outputs"], outputs, strict=True))
         mx.eval(new)
         loss = new.pop("loss")
         self.state.update(new)
         return loss
+
+    def _check_state(self) -> None:
+        """Raise ValueError for what was put into the state and is not what the step takes."""
+        for name in [*self.manifest["inputs"], *self.state]:
+            wanted, got = self.manifest["inputs"].get(name), self.state.get(name)
+            given = described(got) if isinstance(got, mx.array) else got
+            if given != wanted:
+                raise ValueError(f"[{OWNER}] '{name}' in the state must be {_kind(wanted)} but got {_kind(given)}.")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state as a safetensors file like ``start.safetensors``, from which a run goes on.
@@ -102,8 +115,14 @@ def _manifest(file: Path) -> dict[str, Any]:
 def _described(array: Any) -> Any:
     if not isinstance(array, mx.array):
         raise TypeError(f"[{OWNER}] a batch must hold arrays but got {type(array).__name__}.")
-    return {"shape": list(array.shape), "dtype": str(array.dtype).removeprefix("mlx.core.")}
+    return described(array)
 
 
 def _text(batch: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {d['dtype']} {tuple(d['shape'])}" for name, d in batch.items()) or "no arrays"
+    return ", ".join(f"{name}: {_kind(d)}" for name, d in batch.items()) or "no arrays"
+
+
+def _kind(array: Any) -> str:
+    if isinstance(array, dict):
+        return f"{array['dtype']} {tuple(array['shape'])}"
+    return "nothing" if array is None else type(array).__name__

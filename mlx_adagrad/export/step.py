@@ -17,9 +17,10 @@ from mlx.nn import Module
 from mlx.optimizers import MultiOptimizer, Optimizer
 
 from ..sparse.embedding import value_and_grad
-from ..trees import copied, fill
+from ..sparse.gradient import RowSparse
+from ..trees import copied, fill, find, present
 from . import devices, rates
-from .inputs import LOSS, OWNER, RANDOM, Run, batches, takes_model
+from .inputs import LOSS, OWNER, RANDOM, Refused, Run, batches, described, takes_model
 from .randomness import Keys, drawing_from, global_key, set_global_key
 
 STEP, START, MANIFEST = "step.mlxfn", "start.safetensors", "manifest.json"
@@ -66,17 +67,18 @@ def export_step(
     Raises:
         TypeError: For arguments of a wrong type.
         ValueError: For ``shapeless``, a schedule without ``learning_rate``, a batch that does not fit ``loss_fn``,
-            random numbers that are drawn in a way that the step would repeat for ever, or what MLX cannot export.
-            Nothing has been written then.
+            random numbers that are drawn in a way that the step would repeat for ever, arrays of the model that the
+            loss sets and that are no parameters, or what MLX cannot export. Nothing has been written then.
     """
     _check(model, optimizer, loss_fn, shapeless)
     examples = batches(loss_fn, model, example_batch)
     device = devices.checked(device)
     learning_rate = rates.checked(learning_rate, optimizer)
+    with_model = takes_model(loss_fn, list(examples[0]))
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state)
     run = Run(model, optimizer)
-    step = Step(run, loss_fn, takes_model(loss_fn, list(examples[0])))
+    step = Step(run, loss_fn, with_model)
     from_host = learning_rate == rates.INPUT
     with _left_as_it_is(run), rates.left_to_the_host(optimizer, from_host), devices.tracing_for(device):
         start = run.arrays()
@@ -123,6 +125,7 @@ class Step:
     def __call__(self, /, **inputs: mx.array) -> list[mx.array]:
         before = {name: inputs[name] for name in self.run.names.values()}
         self.run.replace(before)
+        beside = self.run.beside()
         keys = Keys(inputs[RANDOM]) if RANDOM in inputs else None
         batch = {name: x for name, x in inputs.items() if name not in before and name != RANDOM}
         if keys is None:
@@ -131,6 +134,7 @@ class Step:
             with drawing_from(keys):
                 loss = self._train(batch)
         after = self.run.arrays()
+        self.run.check_beside(beside)
         changed = [name for name in before if after[name] is not before[name]]
         self.draws = keys is not None and keys.drawn > 0
         results = {LOSS: loss, **{name: after[name] for name in changed}}
@@ -149,6 +153,10 @@ class Step:
             return scale_loss(loss), loss
 
         (_, loss), gradients = value_and_grad(model, scaled, exportable=True)(**batch)
+        for keys, g in present(gradients):
+            table = find(model, keys[:-1])
+            if isinstance(g, RowSparse) and getattr(table, "max_norm", None) is not None:
+                table.renorm(g.indices)  # value_and_grad leaves it to us, since this is traced
         optimizer.update(model, gradients)
         return loss
 
@@ -177,6 +185,8 @@ def _rehearse(step: Step, start: Mapping[str, mx.array], examples: Sequence[Mapp
         trace({**start, RANDOM: key})
         if not step.draws:
             trace(dict(start))
+    except Refused:
+        raise
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"[{OWNER}] MLX cannot export this step: {error}") from error
     if not mx.array_equal(global_key(), key):
@@ -213,8 +223,8 @@ def _write(
             "mlx": mx.__version__,  # type: ignore[attr-defined]
             "device": device,
             "learning_rate": learning_rate,
-            "inputs": {name: _described(array) for name, array in start.items()},
-            "batches": [{name: _described(array) for name, array in batch.items()} for batch in examples],
+            "inputs": {name: described(array) for name, array in start.items()},
+            "batches": [{name: described(array) for name, array in batch.items()} for batch in examples],
             "outputs": step.outputs,
             "sha256": {name: sha256(new / name) for name in (STEP, START)},
         }
@@ -238,17 +248,15 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _described(array: mx.array) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": str(array.dtype).removeprefix("mlx.core.")}
-
-
 @contextmanager
 def _left_as_it_is(run: Run) -> Iterator[None]:
     """Put the arrays of the model and the optimizer and the random state back afterwards, whatever happens."""
     parameters, state, key = copied(run.model.parameters()), copied(run.optimizer.state), global_key()
+    beside = run.beside()
     try:
         yield
     finally:
         run.model.update(parameters)
+        run.put_back(beside)
         fill(run.optimizer.state, state)
         set_global_key(key)
