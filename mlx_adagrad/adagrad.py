@@ -9,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 
 from . import checks
-from .dispatch import Dispatch, Options
+from .dispatch import Dispatch
 from .distributed.sharding import check_rows
 from .groups import Groups, Predicate
 from .leaves import Leaf, Leaves, collect
 from .matching import Known
+from .options import Options
 from .rates import LearningRate
 from .settings import Settings
 from .state_checks import Comparison, compare, settle

@@ -9,8 +9,8 @@ from mlx.optimizers import Optimizer
 
 from . import rates
 from .configurable import Configurable
-from .dispatch import Options
 from .groups import Groups
+from .options import Options
 from .rates import LearningRate
 from .state import State
 from .state_checks import restored
