@@ -480,14 +480,18 @@ def refused_by_all(group: mx.distributed.Group, folder: str) -> None:
     path = f"{folder}/of_rank_{group.rank()}.safetensors"
     if group.rank() == 0:
         checkpoint.save(path, averaged_stack(None), both(None))
+    alone, other = both(None), averaged_stack(None)
+    train_both(alone, other, range(group.rank() + 1), None)
+    stale = f"{folder}/stale_of_rank_{group.rank()}.safetensors"
+    checkpoint.save(stale, other, alone)  # of the same structure everywhere, but of another step
     before = flat(model.parameters())
-    for bad in (f"{folder}/none/run.safetensors", path):
+    for bad in (f"{folder}/none/run.safetensors", path, stale):
         try:
             checkpoint.load(bad, optimizer, model, group=group)
         except (OSError, ValueError, RuntimeError):
             pass
         else:
-            raise AssertionError("one rank has no such file")
+            raise AssertionError(f"the ranks have not the same file: {bad}")
     try:
         checkpoint.save(f"{folder}/none/run.safetensors", optimizer, model, group=group)
     except (OSError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from mlx.optimizers import Optimizer
 
 from ..distributed.layout import Layout
 from ..distributed.sharding import Predicate
+from ..trees import present
 from ..update.compiled import clear_at_the_end
 from ..wrappers.states import expect_new_state
 from ..wrappers.swap import holds_averages
@@ -122,17 +123,19 @@ def load(
     def read() -> Prepared:
         return _read(path, optimizer, model, strict, trainable_only, random_state, layout)
 
-    prepared = read() if layout is None else agreed(layout.group, read, lambda prepared: prepared.structure)
+    prepared = read() if layout is None else agreed(layout.group, read, lambda prepared: prepared.told)
     _install(prepared, optimizer, model)
 
 
 class Prepared(NamedTuple):
-    """A file that has been read and checked: what it is to fill, with what, and the seed of the random state."""
+    """A file that has been read and checked: what it is to fill, with what, the seed of the random state, and what
+    tells it from others: its metadata and its numbers, such as the step.
+    """
 
     live: dict[str, Any]
     new: dict[str, Any]
     key: int | None
-    structure: str
+    told: str
 
 
 def _read(
@@ -167,7 +170,8 @@ def _read(
         mx.eval(new)
         if isinstance(model, Module):  # in the module's own structure, so that nothing can be refused below
             trees.fill(live["model"], new["model"])
-        return Prepared(live, new, key, metadata["structure"])
+        numbers = [array.item() for _, array in present(new["optimizer"]) if array.ndim == 0]
+        return Prepared(live, new, key, repr((sorted(metadata.items()), numbers)))
 
 
 def _install(prepared: Prepared, optimizer: Optimizer, model: Module | dict | None) -> None:
