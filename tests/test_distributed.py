@@ -132,7 +132,7 @@ def test_one_process_needs_no_exchange():
     assert average_gradients(tree) is tree
 
 
-@pytest.mark.parametrize("change", [{"equal_rows": 1}, {"sharded": 3}])
+@pytest.mark.parametrize("change", [{"equal_rows": 1}, {"sharded": 3}, {"group": 2}])
 def test_bad_arguments(change):
     with pytest.raises(TypeError, match=f"'{next(iter(change))}' must be"):
         average_gradients({"a": mx.ones(2)}, **change)
@@ -151,6 +151,8 @@ def test_a_table_of_one_process_is_whole():
 def test_what_cannot_be_sharded():
     with pytest.raises(TypeError, match="can be sharded, not QuantizedEmbedding"):
         shard_embedding(nn.QuantizedEmbedding(32, 64))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'group' must be an mlx.core.distributed.Group but got int"):
+        shard_embedding(nn.Embedding(4, 2), 2)  # type: ignore[arg-type]
 
 
 def test_the_example_trains_in_two_processes(tmp_path):

@@ -332,6 +332,15 @@ def test_bad_arguments(change, error, match, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_that_holds_averages_is_refused(tmp_path):
+    model, _, batches, _ = make("bfloat16")
+    optimizer = ExponentialMovingAverage(Adagrad(0.1))
+    optimizer.init(model.trainable_parameters())
+    with optimizer.averaged(model), pytest.raises(ValueError, match="'model' holds averages"):
+        export_step(tmp_path / "new", model, optimizer, regression, batch_at(batches, 0))
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_same_shape_twice_is_one_shape(tmp_path):
     model, optimizer, batches, _ = make("bfloat16")
     export_step(tmp_path, model, optimizer, regression, [batch_at(batches, 0), batch_at(batches, 1)])

@@ -9,6 +9,7 @@ from zlib import crc32
 import mlx.core as mx
 from mlx.nn import Module
 
+from ..distributed.groups import check_group
 from ..distributed.layout import Layout
 from ..distributed.sharding import Predicate, cuts_of
 from ..trees import dotted
@@ -30,8 +31,7 @@ def layout_of(model: Any, group: Group | None, sharded: Predicate | None) -> Lay
             raise ValueError("[checkpoint] 'sharded' needs 'group', the processes that have the parts.")
         check_whole(model)
         return None
-    if not isinstance(group, Group):
-        raise TypeError(f"[checkpoint] 'group' must be an mlx.core.distributed.Group but got {type(group).__name__}.")
+    check_group("checkpoint", group)
     if sharded is not None and not callable(sharded):
         raise TypeError(f"[checkpoint] 'sharded' must be callable but got {type(sharded).__name__}.")
     if group.size() == 1:

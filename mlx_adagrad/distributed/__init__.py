@@ -1,7 +1,8 @@
 """Training on several machines with MLX's own engine, ``mx.distributed``: no transport of our own.
 
 ``gradients.py`` averages gradients, ``embedding.py`` spreads a table over processes, ``sharding.py`` knows which
-parameters are parts of larger ones, ``agreement.py`` what the processes must decide alike.
+parameters are parts of larger ones, ``layout.py`` puts them together; ``groups.py`` checks arguments. What the
+processes must decide alike is in ``wrappers/agreement.py``.
 """
 
 from importlib import import_module

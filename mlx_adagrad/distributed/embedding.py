@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from ..sparse.embedding import SparseEmbedding
 from ..sparse.gradient import named
+from .groups import group_or_global
 from .sharding import TABLES
 
 OWNER = "shard_embedding"
@@ -78,7 +79,7 @@ def shard_embedding(embedding: nn.Embedding, group: mx.distributed.Group | None 
         group: The processes. Default: ``None``, the global group.
 
     Raises:
-        TypeError: For any other layer, quantised embeddings and subclasses included.
+        TypeError: For any other layer, quantised embeddings and subclasses included, and for what is no group.
         ValueError: For a table with a ``padding_idx`` or a ``max_norm``.
     """
     if type(embedding) not in (nn.Embedding, SparseEmbedding):
@@ -87,7 +88,7 @@ def shard_embedding(embedding: nn.Embedding, group: mx.distributed.Group | None 
     for option in ("padding_idx", "max_norm"):
         if getattr(embedding, option, None) is not None:
             raise ValueError(f"[{OWNER}] a sharded table knows no '{option}', which this SparseEmbedding has.")
-    group = group or mx.distributed.init()
+    group = group_or_global(OWNER, group)
     rows = len(embedding.weight)
     sharded = ShardedEmbedding(1, 1)
     sharded.weight = part_of(embedding.weight, rows, group)

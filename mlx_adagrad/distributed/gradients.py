@@ -12,6 +12,7 @@ from .. import checks
 from ..sparse.gradient import RowSparse, canonical
 from ..trees import Keys, mapped, present
 from ..update.tracing import evaluate
+from .groups import group_or_global
 from .sharding import Sharded, is_sharded
 
 OWNER = "average_gradients"
@@ -48,7 +49,7 @@ def average_gradients(
     Returns:
         The tree of averages; a row-sparse one is coalesced.
     """
-    group = group or mx.distributed.init()
+    group = group_or_global(OWNER, group)
     checks.boolean(OWNER, "equal_rows", equal_rows)
     kept = is_sharded(sharded)
     if group.size() == 1:

@@ -19,6 +19,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from ..sparse.embedding import value_and_grad
 from ..sparse.gradient import RowSparse
 from ..trees import copied, fill, find, present
+from ..wrappers.swap import holds_averages
 from . import devices, rates
 from .inputs import LOSS, OWNER, RANDOM, Refused, Run, batches, described, takes_model
 from .randomness import Keys, drawing_from, global_key, set_global_key
@@ -97,6 +98,8 @@ def _check(model: Any, optimizer: Any, loss_fn: Any, shapeless: Any) -> None:
             raise TypeError(f"[{OWNER}] '{name}' must be {wanted} but got {type(value).__name__}.")
     if not callable(loss_fn):
         raise TypeError(f"[{OWNER}] 'loss_fn' must be callable but got {type(loss_fn).__name__}.")
+    if holds_averages(model):
+        raise ValueError(f"[{OWNER}] 'model' holds averages: leave the 'with' block of 'averaged' before the export.")
     if shapeless:
         raise ValueError(
             f"[{OWNER}] 'shapeless' must be False: MLX's shapeless export of a training step, of any optimizer, "

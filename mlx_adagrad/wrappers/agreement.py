@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..distributed.groups import check_group
 from ..distributed.sharding import Sharded, cuts_of, is_sharded
 from ..trees import Keys, dotted, present
 from ..update.modifiers import UNMODIFIED, Modifiers, at
@@ -47,9 +48,7 @@ class Agreement:
     """
 
     def __init__(self, owner: str, group: mx.distributed.Group | None, sharded: Sharded | None):
-        if group is not None and not isinstance(group, mx.distributed.Group):
-            given = type(group).__name__
-            raise TypeError(f"[{owner}] 'group' must be an mlx.core.distributed.Group but got {given}.")
+        check_group(owner, group)
         is_sharded(sharded)
         if sharded is not None and group is None:
             raise ValueError(f"[{owner}] 'sharded' needs 'group', the processes that have the parts.")
