@@ -172,6 +172,26 @@ def compiled(group: mx.distributed.Group) -> None:
 
 
 @scenario
+def a_table_with_max_norm(group: mx.distributed.Group) -> None:
+    """The rows that any rank has looked up are stored scaled down in all."""
+    rank, ranks, steps = group.rank(), group.size(), 3
+
+    def train(part: slice, average: Callable[[Any], Any]) -> Recommender:
+        model, optimizer = recommender(), Adagrad(0.1)
+        model.table = SparseEmbedding(ROWS, COLUMNS, padding_idx=2, max_norm=0.3)
+        model.table.weight = mx.random.normal((ROWS, COLUMNS), key=mx.random.key(1))
+        grad = value_and_grad(model, loss_of(model))
+        for x, y in zip(*data(steps, ranks), strict=True):
+            optimizer.update(model, average(grad(x[part], y[part])[1]))
+            mx.eval(model.parameters(), optimizer.state)
+        return model
+
+    model = train(slice(rank * BATCH, (rank + 1) * BATCH), partial(average_gradients, group=group))
+    same_everywhere(model.parameters(), group)
+    near(model.table.weight, train(slice(None), lambda g: g).table.weight, 2e-5)
+
+
+@scenario
 def sharded_table(group: mx.distributed.Group) -> None:
     rank, ranks, steps = group.rank(), group.size(), 4
     for make in (OPTIMIZERS["plain"], OPTIMIZERS["row-wise"]):

@@ -74,6 +74,7 @@ SCENARIOS = [
     "data_parallel",
     "other_numbers_of_rows",
     "compiled",
+    "a_table_with_max_norm",
     "sharded_table",
     "sharded_parameters",
     "a_nan_in_one_rank",

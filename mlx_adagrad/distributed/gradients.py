@@ -86,4 +86,17 @@ def _average_rows(gradient: RowSparse, count: int, group: Group, stream: mx.Stre
         return gradient
     indices = mx.distributed.all_gather(indices, group=group, stream=stream)
     values = mx.distributed.all_gather(values, group=group, stream=stream)
-    return (RowSparse(indices, values, gradient.num_rows) / group.size()).coalesce()
+    mean = (RowSparse(indices, values, gradient.num_rows) / group.size()).coalesce()
+    limited_in = getattr(gradient, "limited_in", None)
+    if limited_in is not None:
+        limited_in.renorm(_of_others(indices, mean, group))
+    return mean
+
+
+def _of_others(gathered: mx.array, mean: RowSparse, group: Group) -> mx.array:
+    """The rows that other processes have looked up, and this one has not: it has scaled down its own, and once only,
+    since to do so again may change the last bit.
+    """
+    place = mx.arange(len(gathered)) // (len(gathered) // group.size())
+    here = RowSparse(gathered, (place == group.rank())[:, None].astype(mx.float32), mean.num_rows).coalesce()
+    return mx.where(here.values[:, 0] > 0, mean.num_rows, mean.indices)  # num_rows names no row

@@ -101,6 +101,7 @@ def _renorm(modules: dict[Keys, SparseEmbedding], gradients: Any) -> None:
         g = find(gradients, keys) if module.max_norm is not None else None
         if isinstance(g, RowSparse) and evaluate([g.indices, module["weight"]]):  # else something is tracing
             module.renorm(g.indices)
+            g.limited_in = module  # in other processes too, says average_gradients
 
 
 def _embeddings(tree: Any, keys: Keys = ()) -> Iterator[tuple[Keys, SparseEmbedding]]:

@@ -36,7 +36,8 @@ class RowSparse:
         ValueError: For shapes that do not fit each other, and for indices into a table without rows.
     """
 
-    __slots__ = ("indices", "values", "num_rows", "_coalesced", "_sorted")
+    # limited_in: the layer that has a max_norm and has stored these rows scaled down; unset for others
+    __slots__ = ("indices", "values", "num_rows", "limited_in", "_coalesced", "_sorted")
 
     def __init__(self, indices: mx.array, values: mx.array, num_rows: int):
         _check(indices, values, num_rows)
