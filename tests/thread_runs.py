@@ -32,7 +32,7 @@ def make_model() -> nn.Module:
 
 def train(optimizer: Any, model: nn.Module, value_and_grad: Callable = nn.value_and_grad) -> None:
     """Three steps."""
-    step = value_and_grad(model, lambda x: model(x).square().mean())
+    step = value_and_grad(model, lambda x: optimizer.scale_loss(model(x).square().mean()))
     for _ in range(3):
         _, gradients = step(mx.arange(3000) % 4096)
         optimizer.update(model, gradients)
