@@ -9,7 +9,7 @@ ARGS ?=
 help:
 	@echo "make demo   train a classifier, compare optimizers, draw a picture to out/"
 	@echo "make test   run all tests"
-	@echo "make soak   20,000 steps on a large sparse table"
+	@echo "make soak   20,000 steps on a large sparse table, 100,000 in few bits"
 	@echo "make bench  measure time and memory, write the report to out/"
 	@echo "make distributed  train a recommender in two processes, draw a picture to out/"
 	@echo "make lint   ruff and pyright"
@@ -20,9 +20,10 @@ demo: $(VENV)/.examples
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
-# The long run of a test that make test does for 1,000 steps.
+# The long runs of tests that make test does for fewer steps.
 soak: $(VENV)/.dev
 	SOAK_STEPS=20000 $(BIN)/python -m pytest tests/test_rows_soak.py $(ARGS)
+	STALL_STEPS=100000 $(BIN)/python -m pytest tests/test_stall_soak.py $(ARGS)
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python benchmarks/run.py $(ARGS)
