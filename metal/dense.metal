@@ -18,9 +18,9 @@ for (ulong block = thread_position_in_grid.z; block < blocks; block += threads_p
     float total = adagrad_accumulate<UPDATE_ACCUMULATOR>(float(v[at_v]), gradient);
     float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
         weight, gradient, total, s);
-    new_weights[i] = s.apply ? static_cast<W>(updated) : stored;
+    new_weights[i] = s.apply && adagrad_fits<GUARDED, W>(updated) ? static_cast<W>(updated) : stored;
 #ifndef V_MODE
-    new_accumulator[i] = s.apply ? static_cast<V>(total) : static_cast<V>(v[at_v]);
+    new_accumulator[i] = s.apply ? static_cast<V>(adagrad_stopped<GUARDED, V>(total)) : static_cast<V>(v[at_v]);
 #endif
   }
 }

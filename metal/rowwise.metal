@@ -10,12 +10,17 @@ long row_w = long(row) * w_strides[0], row_g = long(row) * g_strides[0];
 AdagradScalars s = {lr, eps, weight_decay, scale, low, high, !GATED || apply};
 float total = float(v[row * v_strides[0]]);
 #ifndef V_MODE
+// by a power of two first, which is exact: the sum may overflow where the mean does not
+float power = 1.0f;
+for (ulong p = 1; p < columns; p <<= 1) {
+  power *= 2.0f;
+}
 float squares = 0.0f;
 for (ulong column = lane; column < columns; column += threads_per_grid.x) {
   float weight = COUPLED ? float(w[row_w + adagrad_column(column, w_shape, w_strides, w_ndim)]) : 0.0f;
   float g_here = float(g[row_g + adagrad_column(column, w_shape, g_strides, w_ndim)]);
   float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g_here, s);
-  squares += gradient * gradient;
+  squares += gradient * gradient * (1.0f / power);
 }
 squares = simd_sum(squares);
 threadgroup float sums[SIMDGROUPS];
@@ -29,9 +34,10 @@ if (SIMDGROUPS > 1) {
     squares += sums[i];
   }
 }
-total += squares / float(columns);
+total += squares * (power / float(columns));
 if (lane == 0) {
-  new_accumulator[row] = s.apply ? static_cast<V>(total) : static_cast<V>(v[row * v_strides[0]]);
+  new_accumulator[row] =
+      s.apply ? static_cast<V>(adagrad_stopped<GUARDED, V>(total)) : static_cast<V>(v[row * v_strides[0]]);
 }
 #endif
 for (ulong column = lane; column < columns; column += threads_per_grid.x) {
@@ -42,5 +48,6 @@ for (ulong column = lane; column < columns; column += threads_per_grid.x) {
   float gradient = adagrad_gradient<MAXIMIZE, COUPLED, SCALED, CLIPPED>(weight, g_here, s);
   float updated = adagrad_descend<DECOUPLED, EPS_INSIDE_SQRT, EPS_IS_ZERO, UPDATE_ACCUMULATOR>(
         weight, gradient, total, s);
-  new_weights[ulong(row) * columns + column] = s.apply ? static_cast<W>(updated) : stored;
+  new_weights[ulong(row) * columns + column] =
+      s.apply && adagrad_fits<GUARDED, W>(updated) ? static_cast<W>(updated) : stored;
 }

@@ -41,6 +41,29 @@ inline float adagrad_accumulate(float v, float g) {
   return UPDATE_ACCUMULATOR ? v + g * g : v;
 }
 
+// rule.LARGEST: the largest number of each type that weights and v are stored in.
+inline float adagrad_largest(float) {
+  return 3.40282347e38f;
+}
+inline float adagrad_largest(float16_t) {
+  return 65504.0f;
+}
+inline float adagrad_largest(bfloat16_t) {
+  return 3.38953139e38f;
+}
+
+// What is stored of a new v: in a guarded step it stops at the largest number that it is stored in, T.
+template <bool GUARDED, typename T>
+inline float adagrad_stopped(float total) {
+  return GUARDED && total > adagrad_largest(T(0.0f)) ? adagrad_largest(T(0.0f)) : total;
+}
+
+// Whether a new weight is to be stored as a T: not where a guarded step would make it infinite.
+template <bool GUARDED, typename T>
+inline bool adagrad_fits(float updated) {
+  return !GUARDED || (updated <= adagrad_largest(T(0.0f)) && updated >= -adagrad_largest(T(0.0f)));
+}
+
 // g / (sqrt(v) + eps) or g / sqrt(v + eps); 0 where eps and v are both 0, but a NaN stays one.
 template <bool EPS_INSIDE_SQRT, bool EPS_IS_ZERO, bool UPDATE_ACCUMULATOR>
 inline float adagrad_divided(float g, float v, const thread AdagradScalars& s) {

@@ -67,7 +67,7 @@ class Dispatch(NamedTuple):
         for i in places:
             g, w, _, keys = leaves[i]
             plan = self._plan_of(keys, w, states[i])
-            fused, accumulator = self.fused and options.has_kernel(g, w), options.accumulator.at(w)
+            fused, accumulator = self._runs_kernel(plan, g, w), options.accumulator.at(w)
             begun.append(row_ops.begin(plan, accumulator, w, g, states[i]["v"], fused, options.differentiable))
         updated = {}
         for i, (w, v) in zip(places, row_ops.finish_all(begun), strict=True):
@@ -152,12 +152,18 @@ class Dispatch(NamedTuple):
                 self._count(state)
         return ws
 
+    def _runs_kernel(self, plan: Plan, gradient: Any, w: mx.array) -> bool:
+        """Whether a kernel updates these arrays; those of rows and of narrow state know no guarded step."""
+        if plan.form.guarded and (isinstance(gradient, RowSparse) or not self.options.storage.is_plain(w)):
+            return False
+        return self.fused and self.options.has_kernel(gradient, w)
+
     def update(self, leaf: Leaf, state: dict) -> mx.array:
         """Update one parameter and its state; returns the new parameter."""
         g, w, _, keys = leaf
         options = self.options
         plan = self._plan_of(keys, w, state)
-        fused = self.fused and options.has_kernel(g, w)
+        fused = self._runs_kernel(plan, g, w)
         if isinstance(g, RowSparse) and not options.lazy:
             g = g.coalesce().to_dense()  # in fp32
         if not options.storage.is_plain(w):
