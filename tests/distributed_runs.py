@@ -542,7 +542,7 @@ def until_killed(group: mx.distributed.Group, folder: str) -> None:
 
 
 def main() -> None:
-    group = mx.distributed.init(strict=True)
+    group = mx.distributed.init(strict=True, backend=os.environ.get("MLX_TEST_BACKEND", "ring"))
     for name in sys.argv[1].split(","):
         SCENARIOS[name](group, *sys.argv[2:])
         mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))  # nobody leaves before all have finished

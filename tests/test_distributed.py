@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,21 @@ SCENARIOS = [
 def test_processes_together_equal_one(ranks, tmp_path):
     for code, output in finish(start(ranks, tmp_path, ",".join(SCENARIOS))):
         assert code == 0 and output.splitlines() == [f"{name} held" for name in SCENARIOS], output
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI")
+def test_processes_over_mpi_equal_one():
+    scenarios = ["data_parallel", "other_numbers_of_rows", "sharded_table", "sharded_parameters", "a_nan_in_one_rank"]
+    script = [sys.executable, str(ROOT / "tests" / "distributed_runs.py"), ",".join(scenarios)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLX_HOSTFILE", "MLX_RANK")}
+    environment |= {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", "MLX_TEST_BACKEND": "mpi"}
+    environment.setdefault("MLX_MPI_LIBNAME", "libmpi.so.40")  # MLX asks for the one of the developers' package
+    options = ["-n", "2", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    command = ["mpirun", *options, *script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [done.stdout.count(f"{name} held") for name in scenarios] == [2] * len(scenarios)  # lines may mix
 
 
 def test_a_sharded_run_is_saved_whole_and_resumed_by_any_number_of_processes(tmp_path):

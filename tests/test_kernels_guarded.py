@@ -53,3 +53,9 @@ def test_the_mean_of_a_row_does_not_overflow_in_its_sum(host):
     optimizer = Adagrad(0.1, accumulator=RowWise(), fused=True)
     optimizer.apply_gradients({"w": g}, {"w": mx.zeros((2, 64))})
     assert optimizer.state["w"]["v"].tolist() == pytest.approx([2.25e38] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulator", [Dense("bfloat16"), RowWise("bfloat16")], ids=str)
+def test_a_v_in_two_bytes_stops_at_its_largest_number(accumulator):
+    w, v, skipped = stepped(False, accumulator, mx.ones((8, 64)), [mx.full((8, 64), 1.5e19)] * 3, 0.1, 3.38e38)
+    assert skipped == 0 and mx.all(mx.isfinite(v)) and mx.all(mx.isfinite(w))

@@ -113,6 +113,8 @@ class Functions:
     def stored_v(self, total: mx.array, bits: Callable[[], mx.array]) -> mx.array:
         """``v`` as it is stored, where it is not in 8 bits."""
         total = self.kind.accumulator.write(total, total.dtype)
+        if self.form.guarded:
+            total = mx.minimum(total, rule.LARGEST[self.kind.v_dtype])
         return self._round_v(total, bits()) if self.kind.v_is_random else total.astype(self.kind.v_dtype)
 
     def encoded(self, total: mx.array, exponents: mx.array, bits: mx.array) -> Kept:
