@@ -211,6 +211,21 @@ def test_a_step_on_several_streams_can_be_exported(in_place, cpu, monkeypatch, t
     assert bits(imported(*arrays)) == bits(step(*arrays))
 
 
+@options
+def test_an_eager_update_is_one_kernel_a_tensor(options, cpu, tmp_path):
+    """MLX splits what it compiles where an intermediate result is used in two ways, or where expressions are deep."""
+    params = {str(i): mx.ones((4, 3 + i)) for i in range(3)}
+    optimizer = Adagrad(0.1, **options, fused=False)
+    optimizer.init(params)
+    mx.eval(params, optimizer.state)
+    new = optimizer.apply_gradients(params, params)
+    with open(tmp_path / "graph.dot", "w") as file:
+        mx.export_to_dot(file, *new.values(), *(optimizer.state[key]["v"] for key in params))
+    nodes = re.findall(r'label ="([A-Za-z]+)', (tmp_path / "graph.dot").read_text())
+    assert sum(node.startswith("Compiled") for node in nodes) == len(params)
+    assert not {"Square", "Sqrt"} & set(nodes)
+
+
 def test_streams_leave_the_kernels_of_a_compiled_step_whole(cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(streams, "PARALLEL_ELEMENTS", 1)
     params = {str(i): mx.ones((4, 3)) for i in range(40)}

@@ -41,7 +41,8 @@ class Functions:
             old = accumulator.read(v, wide)
             total = rule.accumulate(always, wide, g, old, s, accumulator.pool)
             new = rule.descend(form, wide, g, total, s, w.dtype).astype(w.dtype)
-            total = rule.accumulate(form, wide, g, old, s, accumulator.pool, v_storage)
+            if form != always:  # said twice, MLX would split one kernel into three
+                total = rule.accumulate(form, wide, g, old, s, accumulator.pool, v_storage)
             return new, accumulator.write(total, v_storage)
 
         def many(ws: list, gs: list, vs: list, s: Scalars) -> tuple[list[mx.array], list[mx.array]]:
