@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from . import checks, rates
 from .checks import shown
-from .leaves import Leaves
+from .leaves import OWN, Leaves
 from .trees import FROZEN, Keys, dotted, existing
 from .update.rule import Rule
 
@@ -187,7 +187,7 @@ class Groups:
         """
         if not self.groups:
             return []
-        entries = state.setdefault("_mlx_adagrad", {}).setdefault("groups", [])
+        entries = state.setdefault(OWN, {}).setdefault("groups", [])
         for problem in self.problems(state):
             raise type(problem)(f"[{self.default.owner}] {problem}")
         entries.extend({} for _ in self.groups[len(entries) :])
@@ -198,7 +198,7 @@ class Groups:
 
     def problems(self, state: dict[str, Any]) -> Iterator[Exception]:
         """What of a state does not fit the groups."""
-        own = state.get("_mlx_adagrad", {})
+        own = state.get(OWN, {})
         entries = own.get("groups", []) if isinstance(own, dict) else own
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             yield TypeError("'_mlx_adagrad' of the state must be {'groups': a list of dicts}.")

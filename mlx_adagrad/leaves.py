@@ -15,7 +15,8 @@ from .update.accumulators import COMPUTE_DTYPE, EXPONENTS, Dense
 from .update.storage import Storage
 
 # Root keys of an optimizer's state; a parameter of that name at the root of a model would overwrite them.
-RESERVED = ("step", "learning_rate", "_mlx_adagrad")
+OWN = "_mlx_adagrad"  # holds what this package adds to the state at its root, of optimizers and of wrappers
+RESERVED = ("step", "learning_rate", OWN)
 
 _USUAL = frozenset(COMPUTE_DTYPE) - {mx.complex64}
 

@@ -30,7 +30,7 @@ import mlx.core as mx
 
 from . import checks
 from .groups import Group, Groups
-from .leaves import RESERVED, Leaf, Leaves
+from .leaves import OWN, RESERVED, Leaf, Leaves
 from .rates import Schedule, starting
 from .trees import fill, slot
 from .update.modifiers import Modifiers
@@ -115,7 +115,7 @@ class State(NamedTuple):
     def restore_mark(self) -> None:
         """Put the array of :meth:`mark_changed` back after other state has been filled in."""
         count = self.groups.changes
-        own = self.tree.setdefault("_mlx_adagrad", {}) if count else self.tree.get("_mlx_adagrad")
+        own = self.tree.setdefault(OWN, {}) if count else self.tree.get(OWN)
         if not isinstance(own, dict):
             return  # none, or state of a wrong kind, which the next step refuses
         own.pop("changes", None)
@@ -133,10 +133,10 @@ class State(NamedTuple):
 
     def replace(self, tree: dict[str, Any]) -> None:
         """Make the state equal to ``tree``, in place; where that has no seed, the old one stays."""
-        seed = self.tree.get("_mlx_adagrad", {}).get(SEED)
+        seed = self.tree.get(OWN, {}).get(SEED)
         fill(self.tree, tree, places=True)
         if seed is not None:
-            self.tree.setdefault("_mlx_adagrad", {}).setdefault(SEED, seed)
+            self.tree.setdefault(OWN, {}).setdefault(SEED, seed)
 
     def set_seed(self, seed: Any) -> None:
         """Make ``seed`` the seed of the random bits; None: one drawn from ``mx.random``.
@@ -150,11 +150,11 @@ class State(NamedTuple):
         if self.storage.draws:
             given = None if seed is None else mx.array(divmod(seed, 2**32), mx.int64)  # MLX takes none above 2^63
             words = (mx.random.randint(0, 2**32, (2,), mx.int64) if given is None else given).astype(mx.uint64)
-            self.tree.setdefault("_mlx_adagrad", {})[SEED] = (words[0] << 32) | words[1]
+            self.tree.setdefault(OWN, {})[SEED] = (words[0] << 32) | words[1]
 
     def keys(self, step: mx.array) -> Keys:
         """What makes random bits, after so many steps."""
-        seed = self.tree.get("_mlx_adagrad", {}).get(SEED)
+        seed = self.tree.get(OWN, {}).get(SEED)
         return Keys(mx.array(0, mx.uint64) if seed is None else seed, step)
 
     def advance(self, rates: list[Entry], modifiers: Modifiers) -> Step:

@@ -11,13 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..leaves import RESERVED
+from ..leaves import OWN, RESERVED
 from ..state_checks import with_names
 from ..trees import sequence
 from .safetensors import Entry, entry_of
 
 SHOWN = 10  # problems that an error message lists
-OWN = "_mlx_adagrad"  # where wrappers keep what is theirs
 CHANGES = f".{OWN}.changes"  # makes compiled steps of this process trace again; it belongs into no file
 SUMS = f".{OWN}.gradients."  # where a GradientAccumulation keeps its sums: of arrays, or of rows in parts
 Structure = Any  # dicts and lists whose leaves are names of arrays, or None

@@ -9,12 +9,11 @@ import mlx.core as mx
 from mlx.nn import Module
 from mlx.nn.layers.distributed import FullyShardedModule
 
-from ..leaves import RESERVED
+from ..leaves import OWN, RESERVED
 from ..trees import Keys, child, name, present
 from .sharding import Cut, Predicate, cuts
 
 OWNER = "checkpoint"
-OWN = "_mlx_adagrad"  # where wrappers keep what is theirs
 LEVEL = "module"  # that fully_shard puts between a module and its parameters
 
 # What an array, or an entry of a file, is replaced by, given the parameter that it belongs to (or None) and its path.

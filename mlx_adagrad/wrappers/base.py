@@ -13,6 +13,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from .. import checks
 from ..checks import shown
 from ..configurable import Configurable
+from ..leaves import OWN
 from ..matching import Known
 from ..rates import LearningRate
 from ..state_checks import Comparison, compare_entries, flat_entries, restored, settle, with_names
@@ -21,8 +22,6 @@ from ..update.modifiers import UNMODIFIED, Modifiers
 from ..update.tracing import evaluate
 from . import flushing, foreign
 from .states import check_own, check_roots, parts, refuse_inside
-
-OWN = "_mlx_adagrad"
 
 
 class Wrapper(Configurable, Optimizer):
